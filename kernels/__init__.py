@@ -1,0 +1,1 @@
+"""One public function per operator: `paged_attention`, `store_kv`."""

@@ -1,0 +1,1 @@
+"""The model: plain step data in, sampled tokens out. Owns every tensor; decides nothing."""

@@ -1,0 +1,49 @@
+"""What a Llama-family network looks like: the one description that every loader produces and the network reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context (see rope.py for the formulas)."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position: int
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: the formula's own
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Sizes in elements. `architecture` is the Hugging Face model type."""
+
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    sliding_window: tuple[int | None, ...] = ()  # one entry per layer; empty: full attention everywhere
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False  # attention output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm of each query and key head before rotation (Qwen3)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()

@@ -1,0 +1,78 @@
+"""What the scheduler hands to the runner and gets back: plain data, no torch.
+
+The messages belong to the side that receives them, so they live here and the arrow server -> model stays one-way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request chooses its tokens; validated where the request enters, the ranges are those of
+    protos/pagestream/v1/generation.proto. A token at a given position depends only on the logits, these fields
+    and the position, never on the batch, so a preempted request continues as if nothing had happened.
+    """
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+    logprobs: int | None = None  # how many most likely tokens to report beside the chosen one
+    min_tokens: int = 0
+    suppressed_until_min_tokens: frozenset[int] = frozenset()  # end and stop tokens, never chosen before min_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Work on one request in one step: compute the keys and values of `tokens[start : start + length]`, and, when
+    these are the last known tokens (`samples`), choose the next one.
+    """
+
+    request_id: str
+    tokens: Sequence[int]  # all known tokens, prompt then output; a live view: read it only during the step
+    num_prompt_tokens: int
+    start: int  # tokens before this position are in the cache
+    length: int
+    block_ids: Sequence[int]  # pages of the request in order; hold positions 0 .. start + length - 1
+    sampling: SamplingParams
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def samples(self) -> bool:
+        return self.end == len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: every chunk runs in one batch. Decodes (length 1) come first, then prompt chunks."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: float | None = None  # natural log, of the model's own distribution; None unless asked for
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`sampled[i]` answers `plan.chunks[i]`: a token where the chunk samples, else None."""
+
+    sampled: tuple[SampledToken | None, ...]

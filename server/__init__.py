@@ -1,0 +1,1 @@
+"""The service: requests, scheduling, the engine, metrics and the gRPC face."""

@@ -1,0 +1,81 @@
+"""A request as the scheduler sees it: integers and states. No torch, grpc, asyncio or clock here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from pagestream.model.step import SamplingParams
+
+
+class RequestState(Enum):
+    WAITING = auto()  # holds no blocks; not yet scheduled, or preempted
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class FinishReason(Enum):
+    """Why a request ended. The values are metric labels; the first five are answers, the others failures."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    STOP_STRING = "stop_string"
+    STOP_TOKEN = "stop_token"
+    MAX_TOKENS = "max_tokens"
+    MAX_CONTEXT = "max_context"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+    SHUTDOWN = "shutdown"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt on its way. `num_computed` tokens catch up with `tokens`; there are no phases.
+
+    Invariants (held by `check`): 0 <= num_computed < len(tokens) while unfinished; a WAITING or FINISHED request
+    holds no blocks; blocks cover at least num_computed tokens.
+    """
+
+    request_id: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    max_new_tokens: int  # already clamped to the model's context and the pool
+    max_tokens_is_capacity: bool = False  # the clamp decided: ending there is MAX_CONTEXT, not MAX_TOKENS
+    eos_token_ids: frozenset[int] = frozenset()  # empty when the client ignores them
+    stop_token_ids: frozenset[int] = frozenset()
+
+    tokens: list[int] = field(init=False)  # prompt, then output
+    num_computed: int = field(default=0, init=False)
+    block_ids: list[int] = field(default_factory=list, init=False)
+    state: RequestState = field(default=RequestState.WAITING, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    arrival: int = field(default=-1, init=False)  # admission order, given by the scheduler
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("a request needs at least one prompt token")
+        if self.max_new_tokens < 1:
+            raise ValueError("a request must be allowed at least one new token")
+        self.tokens = list(self.prompt)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED
