@@ -1,0 +1,167 @@
+"""The settings of a server: defaults, overruled by a TOML file, overruled by flags.
+
+The one file of this folder that reads the environment (XDG_CACHE_HOME).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "fp32", "bf16"]
+KvDtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+Parse = Callable[[object], object]  # what a file or a flag says -> the value, or ValueError with what is allowed
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?", re.ASCII | re.IGNORECASE)
+_UNITS = {
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
+}
+
+
+def default_cache_dir() -> Path:
+    """Where models are kept: `pagestream` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream"
+
+
+def parse_size(value: object) -> int:
+    """Bytes of "2GiB", "512 MiB", "1.5GB", "65536" or 65536, rounded down. ValueError for anything else."""
+    match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, int | str) else None
+    size = int(Decimal(match[1]) * _UNITS[(match[2] or "b").lower()]) if match else 0
+    if size < 1:
+        raise ValueError(f"{value!r} is not a size; write bytes or a unit, such as 2GiB, 512MiB or 1.5GB")
+    return size
+
+
+def _integer(low: int, high: float = math.inf) -> Parse:
+    allowed = f"a whole number from {low} to {high}" if high < math.inf else f"a whole number of at least {low}"
+
+    def parse(value: object) -> int:
+        if type(value) is not int or not low <= value <= high:  # True is an int, and not one anybody means
+            raise ValueError(f"{value!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+def _one_of(*allowed: object) -> Parse:
+    def parse(value: object) -> object:
+        if value not in allowed:
+            raise ValueError(f"{value!r} is not one of {', '.join(map(str, allowed))}")
+        return value
+
+    return parse
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is not a number of seconds, 0 or more")
+    return float(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{value!r} is not a name")
+    return value
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError(f"{value!r} is not a path")
+    return Path(value).expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Everything a server can be told. ValueError names a setting that makes no sense and what is allowed.
+
+    None means: as the machine and the model allow.
+    """
+
+    model: str = "default"  # a Hugging Face folder, a .gguf file or "default"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    kv_dtype: KvDtype = "auto"
+    # Loopback: there is no TLS and no authentication, so being reachable from a network is a choice, not a default.
+    host: str = "127.0.0.1"
+    grpc_port: int = 50051  # 0 takes any free port
+    http_port: int = 8080
+    threads: int | None = None
+    kv_memory: int | None = None  # bytes
+    max_context: int | None = None  # tokens
+    page_size: int = 32  # tokens
+    token_budget: int = 512  # tokens of one step
+    max_running: int = 64  # requests in one step
+    max_queue_requests: int = 256
+    max_queue_tokens: int = 262_144  # prompt tokens that wait
+    drain_seconds: float = 30.0
+    cache_dir: Path = field(default_factory=default_cache_dir)
+
+    def __post_init__(self) -> None:
+        _parse({name: value for name, value in vars(self).items() if value is not None}, where="")
+        if self.grpc_port == self.http_port != 0:
+            raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
+
+
+_PARSERS: Mapping[str, Parse] = {
+    "model": _text,
+    "device": _one_of(*get_args(Device)),
+    "dtype": _one_of(*get_args(Dtype)),
+    "kv_dtype": _one_of(*get_args(KvDtype)),
+    "host": _text,
+    "grpc_port": _integer(0, 65535),
+    "http_port": _integer(0, 65535),
+    "threads": _integer(1),
+    "kv_memory": parse_size,
+    "max_context": _integer(2),  # one token of prompt, one of answer
+    "page_size": _one_of(16, 32, 64, 128),  # what the attention kernels take
+    "token_budget": _integer(1),
+    "max_running": _integer(1),
+    "max_queue_requests": _integer(1),
+    "max_queue_tokens": _integer(1),
+    "drain_seconds": _seconds,
+    "cache_dir": _path,
+}
+
+
+def load_config(file: Path | None, flags: Mapping[str, object]) -> ServerConfig:
+    """The configuration of `flags` over `file` over the defaults. `flags` holds only those that were given.
+
+    ValueError for a file that cannot be read, a key that is not a setting or a value that makes no sense.
+    """
+    settings = _parse(_read_toml(file), where=f"{file}: ") if file else {}
+    return ServerConfig(**settings | _parse(flags, where="--"))
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+    except ValueError as error:  # TOML or UTF-8
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _parse(raw: Mapping[str, object], where: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = key.replace("-", "_")
+        if name not in _PARSERS:
+            raise ValueError(f"{where}{key} is not a setting; there are {', '.join(_PARSERS)}")
+        if name in parsed:
+            raise ValueError(f"{where}{key} is set twice")
+        try:
+            parsed[name] = _PARSERS[name](value)
+        except ValueError as error:
+            raise ValueError(f"{where}{key}: {error}") from None
+    return parsed
