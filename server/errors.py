@@ -50,7 +50,9 @@ class PromptExceedsModelContextError(RequestError):
     reason = "PROMPT_EXCEEDS_MODEL_CONTEXT"
 
     def __init__(self, num_tokens: int, limit: int) -> None:
-        super().__init__(f"the prompt has {num_tokens} tokens; the model reads at most {limit} and leaves room for one more")
+        super().__init__(
+            f"the prompt has {num_tokens} tokens; the model's context is {limit} and one is kept for the answer"
+        )
 
 
 class PromptExceedsKvCapacityError(RequestError):
@@ -59,8 +61,8 @@ class PromptExceedsKvCapacityError(RequestError):
 
     def __init__(self, num_tokens: int, capacity: int) -> None:
         super().__init__(
-            f"the prompt has {num_tokens} tokens; the whole KV pool holds {capacity} and one is kept for the answer; "
-            f"raise --kv-memory"
+            f"the prompt has {num_tokens} tokens; the server's KV pool holds {capacity} and one is kept for the answer "
+            f"(--kv-memory sets it)"
         )
 
 

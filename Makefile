@@ -1,0 +1,68 @@
+# Everything a person types. Each target builds what it needs: `make demo` and `make test` work from a fresh clone.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on
+OUT ?= benchmarks/results
+
+.PHONY: help demo setup serve test lint bench gpu-check protos clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: setup  ## set up, serve the default model, stream one chat answer to this terminal
+	@$(BIN)/python -m pagestream.server.demo
+
+setup: .venv/.installed  ## .venv, pagestream, the compiled kernels, the default model
+	@$(BIN)/python -m pagestream.kernels.build
+	@$(BIN)/pagestream pull
+
+serve: setup  ## serve the default model until Ctrl-C
+	@$(BIN)/pagestream serve
+
+test: setup .venv/.test  ## every test that needs no GPU
+	@$(BIN)/pytest -m "not gpu"
+
+lint: .venv/.installed .venv/.test .venv/.lint build/tree  ## ruff, mypy, import-linter, buf, and fresh stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p pagestream.server -p pagestream.model -p pagestream.kernels
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	protos/generate.sh build/stubs && diff -r -x '*.proto' -x py.typed -x __pycache__ build/stubs/pagestream protos/pagestream
+
+bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
+	@$(BIN)/python benchmarks/run.py
+
+# Uses the python3 it finds, not .venv: machines with a GPU bring their own torch, which must not be replaced.
+gpu-check: build/tree  ## everything that needs a GPU; JSON and a log in $$OUT
+	@PYTHONPATH=build/tree $(PYTHON) benchmarks/gpu_check.py "$(OUT)"
+
+protos:  ## regenerate the gRPC stubs
+	protos/generate.sh
+
+clean:  ## remove what these targets made here; the model and the kernels stay in the user's cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first and exactly: a range would pull gigabytes of CUDA libraries onto a machine without a GPU.
+.venv/.installed: pyproject.toml
+	@echo "setting up .venv (a minute or two the first time)"
+	@$(PYTHON) -m venv .venv
+	@echo "  installing torch" && $(PIP) torch==2.13.0
+	@echo "  installing pagestream" && $(PIP) --editable .
+	@touch $@
+
+.venv/.test: .venv/.installed
+	@echo "  installing what the tests need" && $(PIP) --editable '.[test]'
+	@touch $@
+
+.venv/.lint: .venv/.installed
+	@echo "  installing the linters" && $(PIP) --editable '.[lint]'
+	@touch $@
+
+# The folders as the namespace `pagestream`, for tools and machines that do without an installation.
+build/tree:
+	@mkdir -p build/tree/pagestream
+	@for name in server model kernels; do ln -sfn ../../../$$name build/tree/pagestream/$$name; done
+	@ln -sfn ../../../protos/pagestream/v1 build/tree/pagestream/v1

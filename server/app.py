@@ -1,0 +1,114 @@
+"""Opens the ports, loads the model behind them, serves, and stops cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from pagestream.server.assemble import assemble
+from pagestream.server.config import ServerConfig
+from pagestream.server.engine import Engine
+from pagestream.server.http import start_http
+from pagestream.server.listener import Listener
+from pagestream.server.metrics import Metrics
+from pagestream.server.served import ModelSlot
+from pagestream.server.streams import Streams
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
+
+
+def serve(config: ServerConfig) -> int:
+    """Serves until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
+
+    Raises ModelError if the model cannot be loaded and OSError if a port is taken.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    return asyncio.run(_serve(config))
+
+
+async def _serve(config: ServerConfig) -> int:
+    loop = asyncio.get_running_loop()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
+    metrics, slot, streams = Metrics(), ModelSlot(), Streams(loop)
+    tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+    listener = Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics)
+    http = start_http(config.http_port, config.host, metrics)
+    lag = loop.create_task(_watch_loop_lag(metrics))
+    try:
+        await listener.start()
+        log.info("gRPC on %s:%d; metrics on http://%s:%d/metrics", config.host, listener.port, config.host, http.port)
+        loading = _in_background(lambda: assemble(config, metrics, streams.publish))
+        stopping = loop.create_task(stop.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            model = loading.result()
+            slot.fill(model)
+            await listener.set_serving(serving=True)
+            metrics.set_ready()
+            log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
+            await stopping
+            await _drain(model.engine, listener, streams, metrics, config.drain_seconds, stop_now)
+    finally:
+        lag.cancel()
+        await listener.stop()
+        http.close()
+        tokenizing.shutdown(wait=False, cancel_futures=True)
+    return 0
+
+
+async def _drain(
+    engine: Engine, listener: Listener, streams: Streams, metrics: Metrics, grace: float, stop_now: asyncio.Event
+) -> None:
+    """Refuses newcomers, lets running answers finish within the grace, ends the rest as UNAVAILABLE."""
+    log.info("draining for at most %g s", grace)
+    metrics.set_draining()
+    await listener.set_serving(serving=False)
+    engine.drain(retry_after_seconds=grace)
+    waits = [asyncio.create_task(streams.all_closed()), asyncio.create_task(stop_now.wait())]
+    await asyncio.wait(waits, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    await asyncio.to_thread(engine.stop)
+
+
+async def _watch_loop_lag(metrics: Metrics) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LAG_INTERVAL
+        await asyncio.sleep(_LAG_INTERVAL)
+        metrics.observe_loop_lag(loop.time() - due)
+
+
+def _in_background(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Runs work in a daemon thread, so that a server that is told to stop while it loads need not finish loading."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # one of the two is given
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001 - it is handed to whoever awaits the future
+            loop.call_soon_threadsafe(settle, None, error)
+        else:
+            loop.call_soon_threadsafe(settle, result, None)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return future

@@ -1,0 +1,61 @@
+"""What the engine tells the outside about a request. Plain data; translate.py turns it into messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pagestream.model.step import SampledToken
+from pagestream.server.errors import RequestError
+from pagestream.server.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So much of the prompt is computed."""
+
+    computed_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text and tokens made since the last one; text may lag behind the tokens by what is held back."""
+
+    text: str
+    tokens: tuple[SampledToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds on the engine's monotonic clock; None where the moment was never reached."""
+
+    queue: float | None
+    prefill: float | None
+    decode: float | None
+    time_to_first_token: float | None
+    gaps: tuple[float, ...] = ()  # between consecutive tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is complete."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+    timings: Timings
+    matched_stop: str | None = None
+    matched_stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ends in an error status."""
+
+    error: RequestError
+
+
+Event = Progress | Delta | Finished | Failed
+Publication = list[tuple[str, Event]]  # (request id, event), in order: everything one step has to say
+

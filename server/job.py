@@ -1,0 +1,88 @@
+"""A live request with all that the scheduler must not know: its text, its clock times, what its client wants to see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pagestream.model.step import SampledToken
+from pagestream.model.text_stream import TextStream
+from pagestream.server.events import Delta, Finished, Progress, Timings
+from pagestream.server.request import FinishReason, Request
+
+_ENDING_TOKEN = (FinishReason.END_OF_SEQUENCE, FinishReason.STOP_TOKEN)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Used by the engine's thread alone once it is submitted. All times are seconds on the engine's clock."""
+
+    request: Request
+    text: TextStream
+    received: float
+    deadline: float | None = None
+    progress_interval: float = 0.25
+
+    first_scheduled: float | None = field(default=None, init=False)
+    first_token: float | None = field(default=None, init=False)
+    last_token: float | None = field(default=None, init=False)
+    gaps: list[float] = field(default_factory=list, init=False)
+    matched_stop: str | None = field(default=None, init=False)
+    _next_progress: float = field(default=0.0, init=False)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.request.is_finished or self.matched_stop is not None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """A stop string wins over whatever else ended the request at the same token."""
+        return FinishReason.STOP_STRING if self.matched_stop is not None else self.request.finish_reason
+
+    def progress(self, now: float) -> Progress | None:
+        """What to say of the prompt after a step that sampled nothing; None if it is too soon to say it again."""
+        if now < self._next_progress:
+            return None
+        self._next_progress = now + self.progress_interval
+        total = self.request.num_prompt_tokens
+        return Progress(min(self.request.num_computed, total), total)
+
+    def take_token(self, token: SampledToken, now: float) -> Delta:
+        """Books a token and turns it into text. The token that ends an answer has no text of its own."""
+        if self.first_token is None:
+            self.first_token = now
+        if self.last_token is not None:
+            self.gaps.append(now - self.last_token)
+        self.last_token = now
+        text = ""
+        if self.request.finish_reason not in _ENDING_TOKEN:
+            piece = self.text.push(token.token_id)
+            text, self.matched_stop = piece.text, piece.matched_stop
+        if self.request.is_finished and self.matched_stop is None:
+            text += self.text.finish()
+        return Delta(text, (token,))
+
+    def finished(self) -> Finished:
+        reason = self.finish_reason
+        assert reason is not None  # noqa: S101 - the engine asks only when is_finished
+        return Finished(
+            reason=reason,
+            prompt_tokens=self.request.num_prompt_tokens,
+            output_tokens=self.request.num_output_tokens,
+            preemptions=self.request.num_preemptions,
+            timings=self.timings(),
+            matched_stop=self.matched_stop,
+            matched_stop_token_id=self.request.tokens[-1] if reason is FinishReason.STOP_TOKEN else None,
+        )
+
+    def timings(self) -> Timings:
+        return Timings(
+            queue=_between(self.received, self.first_scheduled),
+            prefill=_between(self.first_scheduled, self.first_token),
+            decode=_between(self.first_token, self.last_token),
+            time_to_first_token=_between(self.received, self.first_token),
+            gaps=tuple(self.gaps),
+        )
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start

@@ -1,0 +1,77 @@
+"""The gRPC port: all services, health, reflection, and options that third-party clients survive."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from pagestream.server.info_services import ModelService, TokenizerService
+from pagestream.server.interceptor import CallCounter
+from pagestream.server.metrics import Metrics
+from pagestream.server.served import ModelSlot
+from pagestream.server.service import GenerationService
+from pagestream.server.streams import Streams
+from pagestream.v1 import generation_pb2, model_pb2, tokenizer_pb2
+from pagestream.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from pagestream.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
+from pagestream.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
+
+LIVENESS = "liveness"  # a health name that is SERVING as long as the process answers
+SERVICES = tuple(
+    service.full_name
+    for file in (generation_pb2, tokenizer_pb2, model_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+)
+MAX_MESSAGE_BYTES = 16 * 2**20
+
+# Clients and gateways ping idle and silent connections far more often than gRPC's default of once in five minutes
+# allows, and would be sent away with "too_many_pings" during a long prefill.
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a port that is taken must be an error, not a share of the traffic
+)
+
+
+class Listener:
+    """Opens before the model is loaded: until then every call but health and reflection is UNAVAILABLE."""
+
+    def __init__(
+        self, host: str, port: int, slot: ModelSlot, streams: Streams, tokenizing: Executor, metrics: Metrics
+    ) -> None:
+        """Raises OSError if the port cannot be had; port 0 takes a free one."""
+        self._server = grpc.aio.server(interceptors=[CallCounter(metrics)], options=OPTIONS)
+        self._health = health.HealthServicer()
+        add_GenerationServiceServicer_to_server(GenerationService(slot, streams, tokenizing, metrics), self._server)
+        add_TokenizerServiceServicer_to_server(TokenizerService(slot, tokenizing), self._server)
+        add_ModelServiceServicer_to_server(ModelService(slot), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        try:
+            self.port: int = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise OSError(f"the gRPC port {host}:{port} cannot be opened; is another server running?") from error
+
+    async def start(self) -> None:
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        await self.set_serving(serving=False)
+        await self._server.start()
+
+    async def set_serving(self, *, serving: bool) -> None:
+        """Readiness, under the empty name and every service's own."""
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *SERVICES):
+            await self._health.set(name, state)
+
+    async def stop(self) -> None:
+        """Lets answers that are being written go out, then closes every connection."""
+        await self._server.stop(grace=1.0)

@@ -1,0 +1,96 @@
+"""From a checked message to a Job: tokenises off the event loop and decides whether the prompt can ever fit."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from concurrent.futures import Executor
+
+from pagestream.model.chat_template import TemplateError
+from pagestream.model.text_stream import TextStream
+from pagestream.server import validate
+from pagestream.server.errors import (
+    InvalidFieldError,
+    NoChatTemplateError,
+    PromptExceedsKvCapacityError,
+    PromptExceedsModelContextError,
+)
+from pagestream.server.job import Job
+from pagestream.server.metrics import Metrics
+from pagestream.server.request import Request
+from pagestream.server.served import ServedModel
+from pagestream.v1 import generation_pb2 as pb
+
+
+async def prepare(
+    message: validate.GenerateMessage,
+    model: ServedModel,
+    received: float,
+    deadline: float | None,
+    tokenizing: Executor,
+    metrics: Metrics,
+) -> Job:
+    """Raises the refusals that need no queue: a bad field, a prompt too long for the model or for the pool."""
+    tokenizer = model.tokenizer
+    validate.check_prompt(message, tokenizer.vocab_size)
+    stop = validate.stop_rules(message.stop, tokenizer.eos_token_ids, tokenizer.vocab_size)
+    sampling = validate.sampling_params(
+        message.sampling, message.output, message.stop.min_tokens, stop, tokenizer.vocab_size
+    )
+    interval = validate.progress_interval(message.output)
+    if message.WhichOneof("prompt") == "token_ids":
+        prompt = list(message.token_ids.ids)
+    else:
+        started = time.monotonic()
+        loop = asyncio.get_running_loop()
+        prompt = await loop.run_in_executor(tokenizing, _tokenize, message, model)
+        metrics.observe_tokenize(time.monotonic() - started)
+    if len(prompt) >= model.max_context:
+        raise PromptExceedsModelContextError(len(prompt), model.max_context)
+    if len(prompt) >= model.kv_capacity_tokens:
+        raise PromptExceedsKvCapacityError(len(prompt), model.kv_capacity_tokens)
+    room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
+    wanted = stop.max_tokens if stop.max_tokens is not None else room + 1
+    return Job(
+        request=Request(
+            request_id=message.request_id or uuid.uuid4().hex,
+            prompt=prompt,
+            sampling=sampling,
+            max_new_tokens=min(wanted, room),
+            max_tokens_is_capacity=wanted > room,
+            eos_token_ids=stop.eos_token_ids,
+            stop_token_ids=stop.stop_token_ids,
+        ),
+        text=TextStream(
+            tokenizer,
+            stop_strings=stop.stop_strings,
+            keep_special_tokens=message.output.special_tokens,
+            min_tokens=sampling.min_tokens,
+        ),
+        received=received,
+        deadline=deadline,
+        progress_interval=interval,
+    )
+
+
+def _tokenize(message: validate.GenerateMessage, model: ServedModel) -> list[int]:
+    if message.WhichOneof("prompt") == "text":
+        prompt = model.tokenizer.encode(message.text, add_special_tokens=True)
+        if not prompt:
+            raise InvalidFieldError("text", "has no tokens")
+        return prompt
+    text = render_chat(message.chat, model, add_generation_prompt=True)
+    return model.tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
+
+
+def render_chat(chat: pb.Chat, model: ServedModel, *, add_generation_prompt: bool) -> str:
+    """Raises NoChatTemplateError, and InvalidFieldError with the template's own words if it refuses the messages."""
+    template = model.tokenizer.chat_template
+    if template is None:
+        raise NoChatTemplateError(f"models/{model.name} has no chat template: send text or token_ids")
+    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    try:
+        return template.render(messages, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise InvalidFieldError("chat.messages", str(error)) from error

@@ -1,0 +1,103 @@
+"""The gRPC services. They translate and wait; nothing here computes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+from typing import Any
+
+import grpc
+
+from pagestream.server import status, translate
+from pagestream.server.errors import RequestError
+from pagestream.server.events import Delta, Event, Failed, Finished, Progress
+from pagestream.server.metrics import Metrics
+from pagestream.server.prepare import prepare
+from pagestream.server.served import ModelSlot
+from pagestream.server.streams import Streams, merge
+from pagestream.server.validate import GenerateMessage
+from pagestream.v1 import generation_pb2 as pb
+from pagestream.v1.generation_pb2_grpc import GenerationServiceServicer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationService(GenerationServiceServicer):
+    """Prompts in, tokens out. Refusals are statuses; a stream that ends OK has ended with Finished."""
+
+    def __init__(self, slot: ModelSlot, streams: Streams, tokenizing: Executor, metrics: Metrics) -> None:
+        self._slot = slot
+        self._streams = streams
+        self._tokenizing = tokenizing
+        self._metrics = metrics
+
+    async def GenerateStream(  # noqa: N802 - the proto's name
+        self, request: pb.GenerateStreamRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        try:
+            async for event in self._events(request, context):
+                yield _response(event, request.output)
+        except RequestError as error:
+            await status.abort(context, error)
+
+    async def Generate(  # noqa: N802 - the proto's name
+        self, request: pb.GenerateRequest, context: Context
+    ) -> pb.GenerateResponse:
+        deltas: list[Delta] = []
+        response = pb.GenerateResponse()
+        try:
+            async for event in self._events(request, context):
+                match event:
+                    case pb.Accepted():
+                        response.accepted.CopyFrom(event)
+                    case Delta():
+                        deltas.append(event)
+                    case Finished():
+                        response.finished.CopyFrom(translate.finished(event))
+        except RequestError as error:
+            await status.abort(context, error)
+        whole = translate.delta(merge(deltas), request.output)
+        response.text = whole.text
+        response.token_ids.extend(whole.token_ids)
+        response.logprobs.extend(whole.logprobs)
+        return response
+
+    async def _events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
+        """Accepted, then what the engine says. Raises RequestError. However it is left, the engine lets go."""
+        try:
+            model = self._slot.get(request.model)
+            engine = model.engine
+            engine.check_open()  # before tokenising: a full or draining server must not spend time on the prompt
+            received = engine.clock()
+            remaining = context.time_remaining()
+            deadline = None if remaining is None else received + remaining
+            job = await prepare(request, model, received, deadline, self._tokenizing, self._metrics)
+            queue_position = engine.submit(job)
+        except RequestError as error:
+            self._metrics.observe_rejected(error.reason)
+            raise
+        request_id = job.request.request_id
+        mailbox = self._streams.open(request_id)  # no await since submit, so no event can have been missed
+        try:
+            yield translate.accepted(job, queue_position)
+            async for event in mailbox:
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+        finally:
+            self._streams.close(request_id)
+            engine.cancel(request_id)  # a no-op unless the client has gone or this handler broke
+
+
+def _response(event: pb.Accepted | Event, output: pb.OutputConfig) -> pb.GenerateStreamResponse:
+    match event:
+        case pb.Accepted():
+            return pb.GenerateStreamResponse(accepted=event)
+        case Progress():
+            return pb.GenerateStreamResponse(prefill_progress=translate.progress(event))
+        case Delta():
+            return pb.GenerateStreamResponse(delta=translate.delta(event, output))
+        case Finished():
+            return pb.GenerateStreamResponse(finished=translate.finished(event))
+        case Failed():
+            raise event.error

@@ -1,0 +1,107 @@
+"""Domain values out, messages back: what the engine says, as pagestream.v1 messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf import duration_pb2
+
+from pagestream.model.step import SampledToken, SamplingParams
+from pagestream.server import events
+from pagestream.server.job import Job
+from pagestream.server.request import FinishReason
+from pagestream.v1 import generation_pb2 as pb
+
+_REASONS = {
+    FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
+    FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
+    FinishReason.MAX_TOKENS: pb.FINISH_REASON_MAX_TOKENS,
+    FinishReason.MAX_CONTEXT: pb.FINISH_REASON_MAX_CONTEXT,
+}
+
+
+def accepted(job: Job, queue_position: int) -> pb.Accepted:
+    request = job.request
+    return pb.Accepted(
+        request_id=request.request_id,
+        prompt_tokens=request.num_prompt_tokens,
+        queue_position=queue_position,
+        max_tokens=request.max_new_tokens,
+        sampling=_sampling(request.sampling),
+    )
+
+
+def progress(event: events.Progress) -> pb.PrefillProgress:
+    return pb.PrefillProgress(computed_tokens=event.computed_tokens, total_tokens=event.total_tokens)
+
+
+def delta(event: events.Delta, output: pb.OutputConfig) -> pb.Delta:
+    return pb.Delta(
+        text=event.text,
+        token_ids=[token.token_id for token in event.tokens] if output.token_ids else (),
+        logprobs=logprobs(event.tokens) if output.HasField("logprobs") else (),
+    )
+
+
+def logprobs(tokens: Sequence[SampledToken]) -> list[pb.TokenLogprob]:
+    return [
+        pb.TokenLogprob(
+            token_id=token.token_id,
+            logprob=token.logprob,
+            top=[pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top_logprobs],
+        )
+        for token in tokens
+    ]
+
+
+def finished(event: events.Finished) -> pb.Finished:
+    return pb.Finished(
+        reason=_REASONS[event.reason],
+        matched_stop=event.matched_stop or "",
+        matched_stop_token_id=event.matched_stop_token_id,
+        usage=pb.Usage(
+            prompt_tokens=event.prompt_tokens,
+            output_tokens=event.output_tokens,
+            preemptions=event.preemptions,
+        ),
+        timings=_timings(event.timings),
+    )
+
+
+def _sampling(params: SamplingParams) -> pb.SamplingConfig:
+    return pb.SamplingConfig(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        seed=params.seed,
+    )
+
+
+def _timings(timings: events.Timings) -> pb.Timings:
+    gaps = sorted(timings.gaps)
+    return pb.Timings(
+        queue=_duration(timings.queue),
+        prefill=_duration(timings.prefill),
+        decode=_duration(timings.decode),
+        time_to_first_token=_duration(timings.time_to_first_token),
+        inter_token_p50=_duration(_percentile(gaps, 0.50)),
+        inter_token_p99=_duration(_percentile(gaps, 0.99)),
+    )
+
+
+def _percentile(ordered: list[float], share: float) -> float | None:
+    """Nearest rank."""
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
+
+
+def _duration(seconds: float | None) -> duration_pb2.Duration | None:
+    if seconds is None:
+        return None
+    whole, fraction = divmod(max(seconds, 0.0), 1.0)
+    return duration_pb2.Duration(seconds=int(whole), nanos=int(fraction * 1e9))

@@ -1,0 +1,136 @@
+"""Messages in, domain values out: every field of a request is checked here, once, and nothing unchecked goes further.
+
+The ranges are those that protos/pagestream/v1/generation.proto promises.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pagestream.model.step import SamplingParams
+from pagestream.server.errors import InvalidFieldError
+from pagestream.v1 import generation_pb2 as pb
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_BYTES = 512
+MAX_STOP_TOKENS = 64
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_REQUEST_ID_BYTES = 128
+
+Number = TypeVar("Number", int, float)
+GenerateMessage = pb.GenerateRequest | pb.GenerateStreamRequest
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """When an answer ends."""
+
+    max_tokens: int | None  # None: as many as fit
+    stop_strings: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]  # empty when the client ignores them
+
+
+def sampling_params(
+    sampling: pb.SamplingConfig, output: pb.OutputConfig, min_tokens: int, stop: StopRules, vocab_size: int
+) -> SamplingParams:
+    """Fills in the defaults and draws a seed where none is given. Raises InvalidFieldError."""
+    _check_tokens("sampling.logit_bias", sampling.logit_bias, vocab_size, MAX_LOGIT_BIASES)
+    for bias in sampling.logit_bias.values():
+        _check_range("sampling.logit_bias", bias, -100, 100)
+    return SamplingParams(
+        temperature=_number(sampling, "temperature", 0.0, 0, 100),
+        top_k=_check_range("sampling.top_k", sampling.top_k, 1, math.inf) if sampling.HasField("top_k") else None,
+        top_p=_number(sampling, "top_p", 1.0, 0, 1, open_below=True),
+        min_p=_number(sampling, "min_p", 0.0, 0, 1),
+        repetition_penalty=_number(sampling, "repetition_penalty", 1.0, 0, 10, open_below=True),
+        presence_penalty=_number(sampling, "presence_penalty", 0.0, -2, 2),
+        frequency_penalty=_number(sampling, "frequency_penalty", 0.0, -2, 2),
+        logit_bias=dict(sampling.logit_bias),
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
+        logprobs=(
+            _check_range("output.logprobs", output.logprobs, 0, MAX_LOGPROBS) if output.HasField("logprobs") else None
+        ),
+        min_tokens=min_tokens,
+        suppressed_until_min_tokens=stop.eos_token_ids | stop.stop_token_ids,
+    )
+
+
+def stop_rules(stop: pb.StopConfig, eos_token_ids: tuple[int, ...], vocab_size: int) -> StopRules:
+    """Raises InvalidFieldError."""
+    if stop.HasField("max_tokens"):
+        _check_range("stop.max_tokens", stop.max_tokens, 1, math.inf)
+        _check_range("stop.min_tokens", stop.min_tokens, 0, stop.max_tokens)
+    if len(stop.stop_strings) > MAX_STOP_STRINGS:
+        raise InvalidFieldError("stop.stop_strings", f"at most {MAX_STOP_STRINGS} are allowed")
+    for index, text in enumerate(stop.stop_strings):
+        if not 1 <= len(text.encode()) <= MAX_STOP_STRING_BYTES:
+            raise InvalidFieldError(f"stop.stop_strings[{index}]", f"must have 1 to {MAX_STOP_STRING_BYTES} bytes")
+    _check_tokens("stop.stop_token_ids", stop.stop_token_ids, vocab_size, MAX_STOP_TOKENS)
+    return StopRules(
+        max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
+        stop_strings=tuple(stop.stop_strings),
+        stop_token_ids=frozenset(stop.stop_token_ids),
+        eos_token_ids=frozenset() if stop.ignore_eos else frozenset(eos_token_ids),
+    )
+
+
+def check_prompt(request: GenerateMessage, vocab_size: int) -> None:
+    """Checks what can be checked without tokenising. Raises InvalidFieldError."""
+    if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
+        raise InvalidFieldError("request_id", f"must have at most {MAX_REQUEST_ID_BYTES} bytes")
+    match request.WhichOneof("prompt"):
+        case None:
+            raise InvalidFieldError("prompt", "one of text, token_ids and chat must be set")
+        case "text":
+            if not request.text:
+                raise InvalidFieldError("text", "must not be empty")
+        case "token_ids":
+            if not request.token_ids.ids:
+                raise InvalidFieldError("token_ids.ids", "must not be empty")
+            _check_tokens("token_ids.ids", request.token_ids.ids, vocab_size, len(request.token_ids.ids))
+        case "chat":
+            if not request.chat.messages:
+                raise InvalidFieldError("chat.messages", "must not be empty")
+            for index, message in enumerate(request.chat.messages):
+                if not message.role:
+                    raise InvalidFieldError(f"chat.messages[{index}].role", "must not be empty")
+
+
+def progress_interval(output: pb.OutputConfig) -> float:
+    """Seconds. Raises InvalidFieldError."""
+    if not output.HasField("progress_interval"):
+        return 0.25
+    seconds = output.progress_interval.ToTimedelta().total_seconds()
+    return _check_range("output.progress_interval", seconds, 0, 3600)
+
+
+def _number(
+    sampling: pb.SamplingConfig, name: str, default: float, low: float, high: float, *, open_below: bool = False
+) -> float:
+    if not sampling.HasField(name):  # type: ignore[arg-type]  # the stubs want a literal
+        return default
+    value: float = getattr(sampling, name)
+    if open_below and value == low:
+        raise InvalidFieldError(f"sampling.{name}", f"must be above {low:g}")
+    return _check_range(f"sampling.{name}", value, low, high)
+
+
+def _check_range(name: str, value: Number, low: float, high: float) -> Number:
+    if not low <= value <= high:  # also refuses NaN
+        limit = f"must be from {low:g} to {high:g}" if high < math.inf else f"must be at least {low:g}"
+        raise InvalidFieldError(name, f"{limit}, not {value:g}")
+    return value
+
+
+def _check_tokens(name: str, ids: Collection[int], vocab_size: int, limit: int) -> None:
+    if len(ids) > limit:
+        raise InvalidFieldError(name, f"at most {limit} tokens are allowed")
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidFieldError(name, f"token {largest} is outside the vocabulary of {vocab_size}")
