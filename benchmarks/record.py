@@ -1,0 +1,59 @@
+"""What every result carries: when, which commit, which machine, which versions, and the machine's read bandwidth."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)  # noqa: S607
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git.stdout.strip(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
+    """Bytes per second that all threads together read from memory: the median of sums over a tensor too large for the
+    caches."""
+    data = torch.ones(megabytes * 2**20 // 4)
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        data.sum()
+        seconds.append(time.perf_counter() - started)
+    return data.nbytes / statistics.median(seconds)
+
+
+def save(name: str, result: dict[str, Any], folder: Path) -> Path:
+    """Writes one result and prints it as the last line of the output."""
+    document = {"benchmark": name, **environment(), **result}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{document['date'][:10]}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))  # noqa: T201 - a benchmark's output
+    return path
