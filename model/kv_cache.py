@@ -1,0 +1,28 @@
+"""The paged KV cache: where keys and values live. Which page belongs to whom is the scheduler's business."""
+
+from __future__ import annotations
+
+import torch
+from pagestream.model.config import ModelConfig
+
+
+class KVCache:
+    """`layers[i]` is the (key, value) cache of layer i, each [P, Hkv, B, D]: pages, KV heads, positions, head size.
+
+    The keys of one page and head are followed by its values, so attention reads one run of memory for both. Memory
+    is not touched here: on a CPU, pages cost nothing before they are first written.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.page_size = page_size
+        self.num_pages = num_pages
+        shape = (num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
+        storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in storage)
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one position takes over all layers."""
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize

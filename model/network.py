@@ -1,0 +1,75 @@
+"""The network: embed, then for each layer attention over the pages and a gated MLP, then logits.
+
+Llama (arXiv 2302.13971) and its relatives: pre-norm with RMS norm, rotary positions, grouped-query attention,
+SwiGLU. Mistral adds a sliding window, Qwen2 biases, Qwen3 a norm of each query and key head.
+"""
+
+from __future__ import annotations
+
+import torch
+from pagestream import kernels
+from pagestream.model.batch import Batch
+from pagestream.model.config import ModelConfig
+from pagestream.model.kv_cache import KVCache
+from pagestream.model.rope import RotaryEmbedding, rotate
+from pagestream.model.weights import LayerWeights, Weights
+from torch.nn import functional
+
+
+class Network:
+    """T: rows of the batch; Hq, Hkv: query and key/value heads; D: head size; E: hidden size; V: vocabulary."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self._config = config
+        self._weights = weights
+        self._rope = RotaryEmbedding(config, weights.embedding.device)
+        self._windows = [window or 0 for window in config.sliding_window] or [0] * config.num_layers
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Writes the keys and values of every row into its slot; returns logits [R, V] in fp32 for sampled_rows.
+
+        Running the same batch again writes the same values: a step can be repeated.
+        """
+        hidden = functional.embedding(batch.token_ids, self._weights.embedding)  # [T, E]
+        cos, sin = self._rope(batch.positions)
+        attended = hidden.new_empty(len(hidden), self._config.num_heads, self._config.head_dim)
+        for layer, caches, window in zip(self._weights.layers, cache.layers, self._windows, strict=True):
+            normed = self._rms_norm(hidden, layer.attention_norm)
+            query, key, value = self._project(layer, normed, cos, sin)
+            kernels.store_kv(key, value, *caches, batch.slots)
+            kernels.paged_attention(
+                query,
+                *caches,
+                batch.block_tables,
+                batch.query_starts,
+                batch.context_lengths,
+                scale=self._config.head_dim**-0.5,
+                window=window,
+                out=attended,
+            )
+            hidden = hidden + layer.attention_output(attended.flatten(1))
+            hidden = hidden + _mlp(layer, self._rms_norm(hidden, layer.mlp_norm))
+        last = self._rms_norm(hidden[batch.sampled_rows], self._weights.norm)  # [R, E]
+        return functional.linear(last, self._weights.lm_head).float()
+
+    def _project(
+        self, layer: LayerWeights, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated query [T, Hq, D], rotated key and value [T, Hkv, D] of normed hidden rows [T, E]."""
+        num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
+        heads = layer.query_key_value(normed).view(len(normed), -1, self._config.head_dim)
+        query_key, value = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+        if layer.query_key_norm is not None:
+            query_key = functional.rms_norm(query_key, query_key.shape[-1:], eps=self._config.rms_norm_eps)
+            query_key = query_key * layer.query_key_norm
+        rotated = rotate(query_key, cos, sin)
+        return rotated[:, :num_heads], rotated[:, num_heads:], value
+
+    def _rms_norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(rows, weight.shape, weight, self._config.rms_norm_eps)
+
+
+def _mlp(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
+    gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+    return layer.down(functional.silu(gate) * up)

@@ -1,0 +1,29 @@
+"""Runs one step: plan to batch, batch to logits, logits to tokens. Owns every tensor and decides nothing."""
+
+from __future__ import annotations
+
+from pagestream.model.batch import build_batch
+from pagestream.model.config import ModelConfig
+from pagestream.model.kv_cache import KVCache
+from pagestream.model.network import Network
+from pagestream.model.sampling import sample
+from pagestream.model.step import StepPlan, StepResult
+from pagestream.model.weights import Weights
+
+
+class Runner:
+    """Knows no requests: all it keeps between steps is the pages. Any chunk may be run again, alone or in another
+    batch, as long as what precedes it is in the cache.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache) -> None:
+        self._network = Network(config, weights)
+        self._cache = cache
+        self._device = weights.embedding.device
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Raises NonFiniteLogitsError, naming the request, where the network returns no usable distribution."""
+        batch = build_batch(plan, self._cache.page_size, self._device)
+        logits = self._network.logits(batch, self._cache)
+        tokens = iter(sample(logits, [chunk for chunk in plan.chunks if chunk.samples]))
+        return StepResult(tuple(next(tokens) if chunk.samples else None for chunk in plan.chunks))

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagestream.model.batch import build_batch
+from pagestream.model.step import Chunk, SamplingParams, StepPlan
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[StepPlan, int]:
+    page_size = draw(st.sampled_from([1, 4, 16]))
+    pages = draw(st.permutations(range(200)))
+    chunks = []
+    for index in range(draw(st.integers(1, 6))):
+        tokens = draw(st.lists(st.integers(0, 2**17), min_size=1, max_size=40))
+        start = draw(st.integers(0, len(tokens) - 1))
+        length = draw(st.integers(1, len(tokens) - start))
+        needed = -(-(start + length) // page_size)
+        spare = draw(st.integers(0, 2))
+        blocks, pages = pages[: needed + spare], pages[needed + spare :]
+        if len(blocks) >= needed:
+            chunks.append(Chunk(str(index), tokens, len(tokens), start, length, blocks, SamplingParams()))
+    return StepPlan(tuple(chunks)), page_size
+
+
+@given(plans().filter(lambda drawn: drawn[0].chunks))
+def test_rows_are_the_chunks_end_to_end(drawn: tuple[StepPlan, int]) -> None:
+    plan, page_size = drawn
+    batch = build_batch(plan, page_size, CPU)
+    token_ids, positions, slots, starts, last_rows = [], [], [], [0], []
+    for chunk in plan.chunks:
+        for position in range(chunk.start, chunk.start + chunk.length):
+            token_ids.append(chunk.tokens[position])
+            positions.append(position)
+            slots.append(chunk.block_ids[position // page_size] * page_size + position % page_size)
+        starts.append(len(token_ids))
+        if chunk.start + chunk.length == len(chunk.tokens):
+            last_rows.append(len(token_ids) - 1)
+    assert batch.token_ids.tolist() == token_ids
+    assert batch.positions.tolist() == positions
+    assert batch.slots.tolist() == slots
+    assert batch.query_starts.tolist() == starts
+    assert batch.context_lengths.tolist() == [chunk.end for chunk in plan.chunks]
+    assert batch.sampled_rows.tolist() == last_rows
+    for row, chunk in zip(batch.block_tables.tolist(), plan.chunks, strict=True):
+        needed = -(-chunk.end // page_size)
+        assert row[:needed] == list(chunk.block_ids[:needed])
+
+
+def test_types_are_those_of_the_kernels() -> None:
+    batch = build_batch(StepPlan((Chunk("a", [1, 2, 3], 3, 0, 2, [5], SamplingParams()),)), 4, CPU)
+    for tensor in (batch.token_ids, batch.positions, batch.slots, batch.sampled_rows):
+        assert tensor.dtype == torch.int64
+    for tensor in (batch.query_starts, batch.context_lengths, batch.block_tables):
+        assert tensor.dtype == torch.int32
+
+
+def test_too_few_blocks_are_refused() -> None:
+    """Padding the table instead would write into a page that belongs to another request."""
+    plan = StepPlan((Chunk("short", list(range(9)), 9, 0, 9, [3, 4], SamplingParams()),))
+    with pytest.raises(ValueError, match="short: 2 blocks for 9 positions"):
+        build_batch(plan, 4, CPU)
