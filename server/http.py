@@ -1,0 +1,134 @@
+"""The HTTP port: /metrics, /healthz and a small status page at /, in threads of their own."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Iterable
+from html import escape
+from socketserver import ThreadingMixIn
+from string import Template
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from prometheus_client import make_wsgi_app
+
+from pagestream.server.collector import make_registry
+from pagestream.server.metrics import Metrics, ServerState, Status
+
+log = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 10  # a client that sends nothing must not hold a thread for ever
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="refresh" content="2">
+<title>pagestream: $state</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 32rem; margin: 3rem auto; padding: 0 1rem; }
+  :root { color-scheme: light dark; }
+  table { border-collapse: collapse; width: 100%; }
+  th { text-align: left; font-weight: normal; opacity: .7; }
+  td { text-align: right; font-variant-numeric: tabular-nums; }
+  th, td { padding: .3rem 0; border-bottom: 1px solid #8884; }
+</style>
+<h1>pagestream</h1>
+<table>
+<tr><th>model<td>$model
+<tr><th>state<td>$state
+<tr><th>running requests<td>$running
+<tr><th>waiting requests<td>$waiting
+<tr><th>KV cache in use<td>$kv_usage
+</table>
+<p><a href="/metrics">/metrics</a> · <a href="/healthz">/healthz</a>
+</html>
+""")
+
+
+class HttpServer:
+    """A running server; `port` is the one it listens on."""
+
+    def __init__(self, server: WSGIServer) -> None:
+        self._server = server
+        self.port: int = server.server_port
+        self._thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="http", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops listening; answers on their way are not waited for."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def start_http(port: int, host: str, metrics: Metrics) -> HttpServer:
+    """Serves until closed; port 0 picks a free one. Raises OSError if the port cannot be had."""
+    server_class = _ServerV6 if ":" in host else _Server
+    return HttpServer(make_server(host, port, _app(metrics), server_class, _Handler))
+
+
+def _app(metrics: Metrics) -> WSGIApplication:
+    serve_metrics = make_wsgi_app(make_registry(metrics))
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        match environ["PATH_INFO"]:
+            case "/metrics":
+                answer: Iterable[bytes] = serve_metrics(environ, start_response)
+                return answer
+            case "/healthz":
+                state = metrics.status().state
+                if state is ServerState.READY:
+                    return _respond(start_response, "200 OK", "ok")
+                return _respond(start_response, "503 Service Unavailable", state.value)
+            case "/":
+                return _respond(start_response, "200 OK", _page(metrics.status()), "html")
+            case _:
+                return _respond(start_response, "404 Not Found", "not found")
+
+    return app
+
+
+def _respond(start_response: StartResponse, status: str, text: str, subtype: str = "plain") -> list[bytes]:
+    body = text.encode()
+    start_response(
+        status,
+        [
+            ("Content-Type", f"text/{subtype}; charset=utf-8"),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+        ],
+    )
+    return [body]
+
+
+def _page(status: Status) -> str:
+    return _PAGE.substitute(
+        model=escape(status.model or "not loaded yet"),
+        state=status.state.value,
+        running=status.running_requests,
+        waiting=status.waiting_requests,
+        kv_usage=f"{status.kv_cache_usage_ratio:.0%}",
+    )
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's signature
+        """A client that hangs up or stays silent is no event worth a traceback on stderr."""
+        log.debug("a request from %s was cut off", client_address, exc_info=True)
+
+
+class _ServerV6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _IDLE_SECONDS
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        log.debug(format, *args)

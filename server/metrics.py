@@ -1,0 +1,286 @@
+"""Recording: the calls with which the engine and the services say what happened.
+
+They add to preallocated arrays, all tokens of a step in one call; collector.py turns the arrays into Prometheus
+families when somebody scrapes. Any thread may record: the engine's does so per step, the event loop per request and
+RPC, the tokeniser pool per prompt. One lock, held for microseconds, keeps counts and sums consistent for the scraper.
+`python -m pagestream.server.metrics` prints the table of README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+
+import numpy as np
+import numpy.typing as npt
+
+from pagestream.model.step import Chunk, StepPlan
+from pagestream.server.events import Timings
+from pagestream.server.histogram import Histogram, HistogramReading
+from pagestream.server.metric_families import (
+    CONTEXT_EDGES,
+    CTX,
+    FAMILIES,
+    CancelledBy,
+    LabelValues,
+    Outcome,
+    PreemptionReason,
+    StepMix,
+    markdown_table,
+)
+from pagestream.server.request import FinishReason, Request
+
+_FAILURES: dict[FinishReason, Outcome] = {  # every other reason is an answer
+    FinishReason.CANCELLED: "cancelled",
+    FinishReason.DEADLINE: "deadline",
+    FinishReason.ERROR: "error",
+    FinishReason.SHUTDOWN: "error",
+}
+
+
+class ServerState(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"  # the engine is gone
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the health check and the status page say."""
+
+    state: ServerState
+    model: str | None
+    running_requests: int
+    waiting_requests: int
+    kv_cache_usage_ratio: float  # 0 to 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine after a step. The defaults are an engine that has not begun."""
+
+    running_contexts: Sequence[int] = ()  # known tokens of each running request
+    waiting_contexts: Sequence[int] = ()
+    waiting_prompt_tokens: int = 0
+    oldest_waiting_since: float | None = None  # a moment, not an age: the age must grow even while the engine hangs
+    free_blocks: int = 0
+    active_blocks: int = 0
+    cached_blocks: int = 0
+    leaked_blocks: int = 0
+
+    @property
+    def kv_cache_usage_ratio(self) -> float:
+        return self.active_blocks / max(1, self.free_blocks + self.active_blocks + self.cached_blocks)
+
+    def gauges(self, now: float) -> dict[str, dict[LabelValues, float]]:
+        """Family -> labels -> value. Every ctx is there, also at 0, so that an alert's sum() exists when idle."""
+        since = self.oldest_waiting_since
+        blocks = {"free": self.free_blocks, "active": self.active_blocks, "cached": self.cached_blocks}
+        return {
+            "running_requests": _count_by_ctx(self.running_contexts),
+            "waiting_requests": _count_by_ctx(self.waiting_contexts),
+            "waiting_prompt_tokens": {(): self.waiting_prompt_tokens},
+            "oldest_waiting_seconds": {(): 0.0 if since is None else now - since},
+            "kv_blocks": {(state,): count for state, count in blocks.items()},
+            "kv_cache_usage_ratio": {(): self.kv_cache_usage_ratio},
+            "kv_leaked_blocks": {(): self.leaked_blocks},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A copy of all that was recorded, taken at one moment, by family."""
+
+    model: str | None
+    histograms: dict[str, HistogramReading]
+    values: dict[str, dict[LabelValues, float]]  # counters and gauges
+
+
+class Metrics:
+    """All metrics of one process, which serves one model. Times are seconds; `clock` is the one the engine reads.
+
+    `state` and `snapshot` are replaced as a whole by whoever knows better: the application and the engine, which does
+    so after every step and also when its last request has gone.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.state = ServerState.LOADING
+        self.snapshot = EngineSnapshot()
+        self._clock = clock
+        self._model: str | None = None
+        self._decode_contexts: Sequence[int] = ()
+        self._lock = threading.Lock()
+        self._histograms = {family.name: Histogram(family) for family in FAMILIES if family.kind == "histogram"}
+        self._values = {
+            family.name: dict.fromkeys(family.series, 0.0) for family in FAMILIES if family.kind != "histogram"
+        }
+        self._values["build_info"] = {(_version(),): 1}
+
+    def set_model(
+        self,
+        name: str,
+        *,
+        load_seconds: float,
+        architecture: str,
+        dtype: str,
+        device: str,
+        max_context: int,
+        block_size: int,
+        num_blocks: int,
+        kv_dtype: str,
+    ) -> None:
+        """Names the model that all families of requests and tokens are about; they are not shown before."""
+        with self._lock:
+            self._values["model_load_seconds"] = {(): load_seconds}
+            self._values["model_info"] = {(architecture, dtype, device, str(max_context)): 1}
+            self._values["kv_config_info"] = {(str(block_size), str(num_blocks), kv_dtype): 1}
+            self._model = name
+
+    # ---- called by the engine
+
+    def observe_step(self, plan: StepPlan, seconds: float) -> None:
+        """A step has run. A chunk of one token beyond the prompt is a decode, all other work counts as prompt."""
+        contexts = [chunk.end for chunk in plan.chunks if _is_decode(chunk)]
+        decode_tokens = len(contexts)
+        prompt_tokens = plan.num_tokens - decode_tokens
+        mix: StepMix = "prefill" if not decode_tokens else "mixed" if prompt_tokens else "decode"
+        with self._lock:
+            self._decode_contexts = contexts
+            self._observe("step_seconds", seconds, mix)
+            self._count("prompt_tokens_total", prompt_tokens, "computed")
+            if decode_tokens:
+                company = "with_prefill" if prompt_tokens else "pure"
+                self._count("decode_step_seconds_total", seconds, company)
+                self._count("decode_step_tokens_total", decode_tokens, company)
+
+    def observe_gaps(self, contexts: Sequence[int], gaps: Sequence[float]) -> None:
+        """All tokens of a step but the first ones of their streams: context at the token, time since the one before."""
+        with self._lock:
+            self._histograms["inter_token_latency_seconds"].add(_ctx_rows(contexts), gaps)
+            self._count("output_tokens_total", len(gaps))
+
+    def observe_first_token(self, prompt_tokens: int, timings: Timings) -> None:
+        with self._lock:
+            for name, seconds in (("queue_time_seconds", timings.queue), ("prefill_time_seconds", timings.prefill)):
+                if seconds is not None:
+                    self._observe(name, seconds, _ctx(prompt_tokens))
+            self._count("output_tokens_total", 1)
+
+    def observe_finished(self, reason: FinishReason, request: Request, timings: Timings, seconds: float) -> None:
+        """An admitted request ended, `seconds` after it was received."""
+        with self._lock:
+            self._count("requests_finished_total", 1, reason.value)
+            self._observe("request_duration_seconds", seconds, _FAILURES.get(reason, "ok"))
+            self._observe("request_prompt_tokens", request.num_prompt_tokens)
+            self._observe("request_output_tokens", request.num_output_tokens)
+            self._observe("request_context_tokens", request.num_tokens)
+            if timings.gaps:
+                mean = sum(timings.gaps) / len(timings.gaps)
+                self._observe("time_per_output_token_seconds", mean, _ctx(request.num_tokens))
+
+    def observe_cancel_release(self, by: CancelledBy, seconds: float) -> None:
+        with self._lock:
+            self._observe("cancel_release_seconds", seconds, by)
+
+    def observe_preemption(self, reason: PreemptionReason, computed_tokens: int) -> None:
+        """A running request lost its blocks, and with them so many computed tokens."""
+        with self._lock:
+            self._count("preemptions_total", 1, reason)
+            self._count("recomputed_tokens_total", computed_tokens)
+
+    # ---- called by the services
+
+    def observe_first_delta(self, prompt_tokens: int, seconds: float) -> None:
+        """Received to the first delta handed to gRPC: the time to first token as a client sees it, less the network."""
+        with self._lock:
+            self._observe("time_to_first_token_seconds", seconds, _ctx(prompt_tokens))
+
+    def observe_rejected(self, reason: str, seconds: float) -> None:
+        """A request was refused before admission; `reason` is that of errors.py."""
+        with self._lock:
+            self._count("requests_rejected_total", 1, reason.lower())
+            self._observe("request_duration_seconds", seconds, "rejected")
+
+    def call_started(self, method: str) -> None:
+        """An RPC began. Only methods that exist may come here: each costs series."""
+        with self._lock:
+            self._count("grpc_server_started_total", 1, method)
+            self._count("grpc_active_streams", 1, method)
+
+    def call_handled(self, method: str, code: str) -> None:
+        """An RPC ended; `code` is the name of its grpc.StatusCode."""
+        with self._lock:
+            self._count("grpc_server_handled_total", 1, method, code)
+            self._count("grpc_active_streams", -1, method)
+
+    def observe_loop_lag(self, seconds: float) -> None:
+        with self._lock:
+            self._observe("event_loop_lag_seconds", seconds)
+
+    def observe_tokenize(self, seconds: float) -> None:
+        with self._lock:
+            self._observe("tokenize_seconds", seconds)
+
+    # ---- called by the HTTP port
+
+    def status(self) -> Status:
+        snapshot = self.snapshot
+        running, waiting = len(snapshot.running_contexts), len(snapshot.waiting_contexts)
+        return Status(self.state, self._model, running, waiting, snapshot.kv_cache_usage_ratio)
+
+    def read(self) -> Reading:
+        with self._lock:
+            histograms = {name: histogram.read() for name, histogram in self._histograms.items()}
+            values = {name: dict(series) for name, series in self._values.items()}
+            snapshot = self.snapshot
+            decoding = self._decode_contexts if snapshot.running_contexts else ()  # the last step was the last one
+        values |= snapshot.gauges(self._clock())
+        values["batch_context_tokens"] = {(): sum(decoding)}
+        values["batch_context_tokens_max"] = {(): max(decoding, default=0)}
+        values["ready"] = {(): self.state is ServerState.READY}
+        values["draining"] = {(): self.state is ServerState.DRAINING}
+        return Reading(self._model, histograms, values)
+
+    def _observe(self, name: str, value: float, *labels: str) -> None:
+        histogram = self._histograms[name]
+        histogram.add(histogram.rows[labels], value)
+
+    def _count(self, name: str, amount: float, *labels: str) -> None:
+        series = self._values[name]
+        series[labels] = series.get(labels, 0.0) + amount
+
+
+def _is_decode(chunk: Chunk) -> bool:
+    return chunk.length == 1 and chunk.start >= chunk.num_prompt_tokens
+
+
+def _ctx_rows(contexts: Sequence[int]) -> npt.NDArray[np.intp]:
+    """Index into CTX of each context length."""
+    return np.searchsorted(CONTEXT_EDGES, np.asarray(contexts, np.int64), side="left")
+
+
+def _ctx(context: int) -> str:
+    return CTX[bisect_left(CONTEXT_EDGES, context)]
+
+
+def _count_by_ctx(contexts: Sequence[int]) -> dict[LabelValues, float]:
+    counts = np.bincount(_ctx_rows(contexts), minlength=len(CTX))
+    return {(ctx,): float(count) for ctx, count in zip(CTX, counts, strict=True)}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("pagestream")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown_table())
