@@ -20,7 +20,7 @@ class FinishReason(Enum):
 
     END_OF_SEQUENCE = "end_of_sequence"
     STOP_STRING = "stop_string"
-    STOP_TOKEN = "stop_token"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - the token of a text, not of a login
     MAX_TOKENS = "max_tokens"
     MAX_CONTEXT = "max_context"
     CANCELLED = "cancelled"
@@ -33,8 +33,8 @@ class FinishReason(Enum):
 class Request:
     """One prompt on its way. `num_computed` tokens catch up with `tokens`; there are no phases.
 
-    Invariants (held by `check`): 0 <= num_computed < len(tokens) while unfinished; a WAITING or FINISHED request
-    holds no blocks; blocks cover at least num_computed tokens.
+    `check` holds the invariants: 0 <= num_computed < len(tokens); the blocks of a RUNNING request cover its computed
+    tokens; a WAITING or FINISHED one holds none.
     """
 
     request_id: str
@@ -51,7 +51,8 @@ class Request:
     state: RequestState = field(default=RequestState.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     num_preemptions: int = field(default=0, init=False)
-    arrival: int = field(default=-1, init=False)  # admission order, given by the scheduler
+    num_computed_before: int = field(default=0, init=False)  # the most it had when preempted: up to here it recomputes
+    arrival: int | None = field(default=None, init=False)  # admission order; None until admitted
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -79,3 +80,17 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    def check(self, block_size: int) -> None:
+        """Raises RuntimeError if an invariant does not hold."""
+        running = self.state is RequestState.RUNNING
+        invariants = {
+            "0 <= num_computed < len(tokens)": 0 <= self.num_computed < len(self.tokens),
+            "blocks cover the computed tokens": not running or self.num_computed <= len(self.block_ids) * block_size,
+            "only a running request holds blocks": running or not self.block_ids,
+            "a waiting request has nothing computed": self.state is not RequestState.WAITING or self.num_computed == 0,
+            "only a finished request has a reason": self.is_finished == (self.finish_reason is not None),
+        }
+        broken = [invariant for invariant, holds in invariants.items() if not holds]
+        if broken:
+            raise RuntimeError(f"request {self.request_id}: not true that {'; '.join(broken)}")
