@@ -56,9 +56,10 @@ def _integer(low: int, high: float = math.inf) -> Parse:
 
 def _one_of(*allowed: object) -> Parse:
     def parse(value: object) -> object:
-        if value not in allowed:
-            raise ValueError(f"{value!r} is not one of {', '.join(map(str, allowed))}")
-        return value
+        for choice in allowed:
+            if value == choice:
+                return choice
+        raise ValueError(f"{value!r} is not one of {', '.join(map(str, allowed))}")
 
     return parse
 

@@ -1,0 +1,143 @@
+"""A thin client over the pagestream.v1 stubs: what `generate`, `chat` and the demo share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from rich.console import Console
+
+from pagestream.v1.generation_pb2 import Finished, FinishReason, GenerateStreamRequest, GenerateStreamResponse
+from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
+from pagestream.v1.model_pb2 import GetModelRequest, ModelInfo
+from pagestream.v1.model_pb2_grpc import ModelServiceStub
+
+_CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # a web proxy of the environment would swallow calls to localhost
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # a server that comes back is found within a second
+)
+_MODEL_INFO_SECONDS = 10.0
+
+
+class CallError(Exception):
+    """The server refused or failed the call; the message is one sentence for the user."""
+
+
+class UnreachableError(CallError):
+    """No server answered."""
+
+
+class Client:
+    """One connection without TLS. Use it as a context manager.
+
+    Every method raises CallError, or UnreachableError if there is no server at the address.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self.channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.channel.close()
+
+    def model(self) -> ModelInfo:
+        """The model that is served."""
+        try:
+            return ModelServiceStub(self.channel).GetModel(GetModelRequest(), timeout=_MODEL_INFO_SECONDS).model
+        except grpc.RpcError as error:
+            raise self._explain(error) from error
+
+    def stream(self, request: GenerateStreamRequest) -> Generator[GenerateStreamResponse, None, None]:
+        """The events of one answer. Closing the generator early cancels the call."""
+        call = GenerationServiceStub(self.channel).GenerateStream(request)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise self._explain(error) from error
+        finally:
+            call.cancel()  # nothing happens if the answer is complete
+
+    def _explain(self, error: grpc.RpcError) -> CallError:
+        status = rpc_status.from_call(error)
+        if status is None and error.code() is grpc.StatusCode.UNAVAILABLE:  # from our side: there is no connection
+            cause = (error.details() or "").rpartition(": ")[2]
+            return UnreachableError(
+                f"no pagestream server answers at {self._address} ({cause}); start one with: pagestream serve"
+            )
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        for detail in status.details if status else ():
+            for known in (info, retry):
+                if detail.Is(known.DESCRIPTOR):
+                    detail.Unpack(known)
+        sentence = f"{error.code().name} {info.reason}".rstrip() + f": {error.details()}"
+        if retry.HasField("retry_delay"):
+            sentence += f"; try again in {_seconds(retry.retry_delay):g} s"
+        return CallError(sentence)
+
+
+@dataclass
+class Answer:
+    """What has arrived of one answer; what is there stays when the stream breaks."""
+
+    text: str = ""
+    finished: Finished | None = None
+
+    def receive(
+        self,
+        events: Generator[GenerateStreamResponse, None, None],
+        write: Callable[[str], object],
+        terminal: Console,
+    ) -> None:
+        """Reads the stream to its end: text goes to `write` as it comes; until then `terminal` shows what is going on.
+
+        Whatever ends it early (Ctrl-C, a closed pipe) closes `events`, which cancels the call.
+        """
+        with closing(events), terminal.status("[dim]waiting for the server") as status:
+            for event in events:
+                match event.WhichOneof("event"):
+                    case "accepted" if event.accepted.queue_position:
+                        status.update(f"[dim]in the queue behind {event.accepted.queue_position}")
+                    case "prefill_progress":
+                        progress = event.prefill_progress
+                        status.update(
+                            f"[dim]reading the prompt: {progress.computed_tokens:,} of {progress.total_tokens:,} tokens"
+                        )
+                    case "delta" if event.delta.text:
+                        status.stop()
+                        self.text += event.delta.text
+                        write(event.delta.text)
+                    case "finished":
+                        self.finished = event.finished
+
+
+def summary(finished: Finished) -> str:
+    """One line on what an answer cost, by the server's clock."""
+    usage, timings = finished.usage, finished.timings
+    cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
+    parts = [
+        f"{usage.prompt_tokens:,} prompt tokens{cached}",
+        f"{usage.output_tokens:,} answer tokens",
+        f"first token after {_seconds(timings.time_to_first_token):.2f} s",
+    ]
+    decode = _seconds(timings.decode)
+    if decode > 0:  # from the first token to the last: one gap fewer than tokens
+        parts.append(f"{(usage.output_tokens - 1) / decode:.1f} tokens/s")
+    parts.append(f"ended by {FinishReason.Name(finished.reason).removeprefix('FINISH_REASON_').lower()}")
+    return " · ".join(parts)
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToTimedelta().total_seconds()
