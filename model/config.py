@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pagestream.model.errors import ModelError
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -22,10 +24,14 @@ class RopeScaling:
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn
 
+    def reach(self, max_position: int) -> int:
+        """The longest context in tokens. YaRN is often switched on by these settings alone, max_position unchanged."""
+        return max(max_position, int(self.original_max_position * self.factor)) if self.kind == "yarn" else max_position
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes in elements. `architecture` is the Hugging Face model type."""
+    """Sizes in elements. `architecture` is the Hugging Face model type. Raises ModelError for sizes that cannot be."""
 
     architecture: Literal["llama", "mistral", "qwen2", "qwen3"]
     vocab_size: int
@@ -47,3 +53,9 @@ class ModelConfig:
     qk_norm: bool = False  # RMS norm of each query and key head before rotation (Qwen3)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ModelError(f"head size {self.head_dim} must be even: rotary positions turn pairs")
