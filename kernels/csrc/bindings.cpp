@@ -1,0 +1,171 @@
+// The only file that knows torch, through its stable ABI: one library serves every torch >= TORCH_TARGET_VERSION.
+// Shapes and types were checked by the Python functions; what only the contents of tensors tell is checked in plan.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "plan.h"
+#include "store_kv.h"
+
+extern "C" {
+extern const pagestream::AttentionKernel pagestream_baseline;
+#if defined(__x86_64__)
+extern const pagestream::AttentionKernel pagestream_avx2;
+extern const pagestream::AttentionKernel pagestream_avx512;
+#endif
+}
+
+namespace {
+
+using pagestream::AttentionKernel;
+using pagestream::AttentionParams;
+using pagestream::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+const AttentionKernel* kernel_named(const char* isa) {
+#if defined(__x86_64__)
+  if (std::strcmp(isa, "avx512") == 0) return has_avx512() ? &pagestream_avx512 : nullptr;
+  if (std::strcmp(isa, "avx2") == 0) return has_avx2() ? &pagestream_avx2 : nullptr;
+#endif
+  return std::strcmp(isa, "baseline") == 0 ? &pagestream_baseline : nullptr;
+}
+
+const AttentionKernel* selected_kernel = nullptr;  // build.py selects one right after loading
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: return DType::kFloat16;
+  }
+}
+
+// A float buffer of the calling thread that only grows: no allocation once warm.
+float* thread_buffer(int64_t floats) {
+  constexpr size_t kAlignment = 64 / sizeof(float);
+  thread_local std::vector<float> buffer;
+  if (buffer.size() < floats + kAlignment) buffer.resize(floats + kAlignment);
+  const size_t misaligned = reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float) % kAlignment;
+  return buffer.data() + (kAlignment - misaligned) % kAlignment;
+}
+
+AttentionParams make_params(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                            const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lengths,
+                            double scale, int64_t window, const Tensor& out, const std::optional<Tensor>& stats,
+                            const std::optional<Tensor>& page_masses) {
+  AttentionParams p;
+  p.query = query.data_ptr();
+  p.out = out.data_ptr();
+  p.key_cache = key_cache.data_ptr();
+  p.value_cache = value_cache.data_ptr();
+  p.block_tables = static_cast<const int32_t*>(block_tables.data_ptr());
+  p.query_starts = static_cast<const int32_t*>(query_starts.data_ptr());
+  p.context_lengths = static_cast<const int32_t*>(context_lengths.data_ptr());
+  p.stats = stats ? static_cast<float*>(stats->data_ptr()) : nullptr;
+  p.page_masses = page_masses ? static_cast<float*>(page_masses->data_ptr()) : nullptr;
+  p.query_token_stride = query.stride(0);
+  p.query_head_stride = query.stride(1);
+  p.out_token_stride = out.stride(0);
+  p.out_head_stride = out.stride(1);
+  p.key_page_stride = key_cache.stride(0);
+  p.key_head_stride = key_cache.stride(1);
+  p.value_page_stride = value_cache.stride(0);
+  p.value_head_stride = value_cache.stride(1);
+  p.block_table_stride = block_tables.stride(0);
+  p.num_sequences = static_cast<int32_t>(context_lengths.size(0));
+  p.num_heads = static_cast<int32_t>(query.size(1));
+  p.num_kv_heads = static_cast<int32_t>(key_cache.size(1));
+  p.head_size = static_cast<int32_t>(query.size(2));
+  p.num_pages = static_cast<int32_t>(key_cache.size(0));
+  p.page_size = static_cast<int32_t>(key_cache.size(2));
+  p.max_pages = static_cast<int32_t>(block_tables.size(1));
+  p.window = static_cast<int32_t>(window);
+  p.scale = static_cast<float>(scale);
+  p.query_dtype = dtype_of(query);
+  p.cache_dtype = dtype_of(key_cache);
+  return p;
+}
+
+void paged_attention(const Tensor query, const Tensor key_cache, const Tensor value_cache, const Tensor block_tables,
+                     const Tensor query_starts, const Tensor context_lengths, double scale, int64_t window,
+                     const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses) {
+  const AttentionKernel& kernel = *selected_kernel;
+  const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
+                                        scale, window, out, stats, page_masses);
+  const pagestream::Plan plan = pagestream::make_plan(p, torch::stable::get_num_threads(), kernel.partial_floats(p));
+  std::vector<float> workspace(plan.workspace_floats);
+  torch::stable::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
+    float* scratch = thread_buffer(kernel.scratch_floats(p));
+    const int64_t first = plan.thread_begin[begin], last = plan.thread_begin[end];
+    kernel.run(p, plan.segments.data() + first, last - first, scratch, workspace.data());
+  });
+  torch::stable::parallel_for(0, static_cast<int64_t>(plan.shared.size()), 4, [&](int64_t begin, int64_t end) {
+    float* scratch = thread_buffer(kernel.scratch_floats(p));
+    for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch, workspace.data());
+  });
+}
+
+void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
+  const int64_t tokens = slots.size(0), capacity = cache.size(0) * cache.size(2);
+  const StoreParams p{rows.data_ptr(),
+                      cache.data_ptr(),
+                      static_cast<const int64_t*>(slots.data_ptr()),
+                      rows.stride(0),
+                      rows.stride(1),
+                      cache.stride(0),
+                      cache.stride(1),
+                      static_cast<int32_t>(cache.size(1)),
+                      static_cast<int32_t>(cache.size(3)),
+                      static_cast<int32_t>(cache.size(2))};
+  for (int64_t i = 0; i < tokens; ++i)
+    STD_TORCH_CHECK(p.slots[i] >= 0 && p.slots[i] < capacity, "store_kv: slot ", p.slots[i], " of token ", i,
+                    " is outside the cache of ", capacity, " slots");
+  const StoreToken store = store_token_for(dtype_of(rows), dtype_of(cache));
+  constexpr int64_t kTokensPerThread = 64;
+  torch::stable::parallel_for(0, tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) store(p, token);
+  });
+}
+
+void store_kv(const Tensor key, const Tensor value, const Tensor key_cache, const Tensor value_cache, const Tensor slots) {
+  store_one(key, key_cache, slots);
+  store_one(value, value_cache, slots);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pagestream, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("store_kv", TORCH_BOX(&store_kv));
+}
+
+// 0 when this machine cannot run `isa` ("baseline", "avx2", "avx512") or the library does not hold it. Not while an
+// operator runs.
+extern "C" __attribute__((visibility("default"))) int pagestream_select_isa(const char* isa) {
+  const AttentionKernel* kernel = kernel_named(isa);
+  if (kernel == nullptr) return 0;
+  selected_kernel = kernel;
+  return 1;
+}

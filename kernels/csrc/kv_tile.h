@@ -1,0 +1,96 @@
+// Reads one tile of keys and values through the block table and widens it to float32, once for all rows that use it.
+#pragma once
+
+#include "dtype.h"
+#include "params.h"
+#include "vec.h"
+
+namespace {
+
+using pagestream::AttentionParams;
+using pagestream::kTile;
+
+inline Float load_wide(const float* p) { return load(p); }
+
+inline Float load_wide(const BFloat16* p) {
+  UShort x;
+  memcpy(&x, p, sizeof x);
+  return (Float)(__builtin_convertvector(x, UInt) << 16);
+}
+
+inline Float load_wide(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Float x;
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+// The last vector of a row may be half a vector (head sizes are multiples of 8): the rest reads as 0.
+template <typename T>
+inline Float load_row(const T* row, int d, int head_size) {
+  if (d + kLanes <= head_size) return load_wide(row + d);
+  T rest[kLanes] = {};
+  for (int i = 0; d + i < head_size; ++i) rest[i] = row[d + i];
+  return load_wide(rest);
+}
+
+// Where the keys or values of one sequence and KV head lie. kLanes divides the page size, so an aligned group of
+// kLanes rows lies in one page.
+template <typename T>
+struct PagedRows {
+  const T* cache;
+  const int32_t* pages;  // of this sequence
+  int64_t page_stride;
+  int page_shift, head_size;  // pages hold 2^page_shift positions
+
+  const T* at(int position) const {
+    const int slot = position & ((1 << page_shift) - 1);
+    return cache + pages[position >> page_shift] * page_stride + int64_t{slot} * head_size;
+  }
+};
+
+// One cache line per call of the row that lies one tile ahead: spread through the conversion, it hides most of DRAM.
+template <typename T>
+inline void prefetch_row(const PagedRows<T>& rows, int position, int end) {
+  if (position >= end) return;
+  const char* row = reinterpret_cast<const char*>(rows.at(position));
+  for (int byte = 0; byte < rows.head_size * int{sizeof(T)}; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+}
+
+// keys[d][j]: transposed, so that one vector holds kLanes keys. Slots at and beyond `end` are never read.
+template <typename T>
+void load_keys(const PagedRows<T>& rows, int begin, int end, float* keys) {
+  for (int j = 0; j < kTile; j += kLanes) {
+    const int valid = end - begin - j;
+    const T* block = valid > 0 ? rows.at(begin + j) : nullptr;
+    for (int i = 0; i < kLanes; ++i) prefetch_row(rows, begin + kTile + j + i, end);
+    for (int d = 0; d < rows.head_size; d += kLanes) {
+      Float square[kLanes];
+      if (valid >= kLanes && d + kLanes <= rows.head_size) {
+        for (int i = 0; i < kLanes; ++i) square[i] = load_wide(block + i * rows.head_size + d);
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          square[i] = i < valid ? load_row(block + i * rows.head_size, d, rows.head_size) : Float{};
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i) store(keys + (d + i) * kTile + j, square[i]);
+    }
+  }
+}
+
+// values[j][d], `width` floats a row; only slots before `end`.
+template <typename T>
+void load_values(const PagedRows<T>& rows, int begin, int end, float* values, int width) {
+  for (int j = 0; j < kTile && begin + j < end; ++j) {
+    const T* row = rows.at(begin + j);
+    prefetch_row(rows, begin + kTile + j, end);
+    for (int d = 0; d < width; d += kLanes) store(values + j * width + d, load_row(row, d, rows.head_size));
+  }
+}
+
+}  // namespace

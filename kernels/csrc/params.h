@@ -1,0 +1,60 @@
+// What the kernels receive: pointers, sizes and strides. No framework type appears below bindings.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace pagestream {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Every constant below is a position in the sequence, never a function of the batch or of the thread count:
+// that is why a row has the same bits alone, in any batch, under any chunking and on any number of threads.
+constexpr int kTile = 64;            // keys converted to float32 at a time
+constexpr int kTilesPerSplit = 4;    // 256 keys share one softmax state; splits are merged in order
+constexpr int kMaxRowsPerBlock = 64; // query rows (positions x heads of one group) that share a converted tile
+
+struct AttentionParams {
+  const void* query;        // [T, Hq, D]
+  void* out;                // [T, Hq, D]
+  const void* key_cache;    // [P, Hkv, B, D], the last two dimensions contiguous
+  const void* value_cache;  // likewise
+  const int32_t* block_tables;     // [S, M]
+  const int32_t* query_starts;     // [S + 1]
+  const int32_t* context_lengths;  // [S]
+  float* stats;                    // [T, Hq, 5] or null
+  float* page_masses;              // [T, Hq, M] or null
+  int64_t query_token_stride, query_head_stride;
+  int64_t out_token_stride, out_head_stride;
+  int64_t key_page_stride, key_head_stride;
+  int64_t value_page_stride, value_head_stride;
+  int64_t block_table_stride;
+  int32_t num_sequences, num_heads, num_kv_heads, head_size;
+  int32_t num_pages, page_size, max_pages;  // P, B, M
+  int32_t window;                           // 0: no window
+  float scale;
+  DType query_dtype;  // also of out
+  DType cache_dtype;
+};
+
+// Consecutive query positions of one sequence and the query heads of one KV head, over the key tiles
+// [tile_begin, tile_end). Both ends are split boundaries or the ends of what the rows can see.
+struct Segment {
+  int32_t sequence, kv_head;
+  int32_t first_row;       // in query / out
+  int32_t first_position;  // in the sequence
+  int32_t num_positions;
+  int32_t tile_begin, tile_end;
+  bool is_partial;            // part of a block that several threads share
+  int64_t workspace_offset;   // floats; where its splits go when it is partial
+};
+
+// One build of attention.cpp for one instruction set.
+struct AttentionKernel {
+  int64_t (*scratch_floats)(const AttentionParams&);
+  int64_t (*partial_floats)(const AttentionParams&);  // one split of one row in the workspace
+  void (*run)(const AttentionParams&, const Segment* segments, int64_t count, float* scratch, float* workspace);
+  // Merges the stored splits of one shared block, whose tile range covers all of it, and writes its results.
+  void (*finish)(const AttentionParams&, const Segment& block, float* scratch, const float* workspace);
+};
+
+}  // namespace pagestream

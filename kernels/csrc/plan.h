@@ -1,0 +1,107 @@
+// Cuts the work of one call into equal contiguous ranges, one per thread (stream-K): no thread waits for the longest
+// sequence. A block of rows that crosses a range boundary is cut between splits and merged afterwards.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace pagestream {
+
+struct Plan {
+  std::vector<Segment> segments;
+  std::vector<int64_t> thread_begin;  // range of segments of thread t: [thread_begin[t], thread_begin[t + 1])
+  std::vector<Segment> shared;        // blocks in several segments
+  int64_t workspace_floats = 0;
+
+  int64_t num_threads() const { return static_cast<int64_t>(thread_begin.size()) - 1; }
+};
+
+// A tile costs as much as this many rows before the first row is computed: reading, widening, transposing.
+constexpr int64_t kTileCostInRows = 8;
+// Fewer rows x tiles than this are not worth waking a thread for.
+constexpr int64_t kMinCostPerThread = 40;
+
+inline int64_t num_rows(const AttentionParams& p, const Segment& block) {
+  return int64_t{block.num_positions} * (p.num_heads / p.num_kv_heads);
+}
+
+inline int64_t cost_per_tile(const AttentionParams& p, const Segment& block) {
+  return kTileCostInRows + num_rows(p, block);
+}
+
+inline void check_sequence(const AttentionParams& p, int32_t s) {
+  const int64_t query_length = int64_t{p.query_starts[s + 1]} - p.query_starts[s], context = p.context_lengths[s];
+  const std::string where = "paged_attention: sequence " + std::to_string(s) + ": ";
+  if (query_length < 0 || query_length > context || context > int64_t{p.max_pages} * p.page_size)
+    throw std::invalid_argument(where + std::to_string(query_length) + " new rows of " + std::to_string(context) +
+                                " cached tokens in a block table of " + std::to_string(p.max_pages) + " pages");
+  for (int64_t i = 0; i * p.page_size < context; ++i) {
+    const int32_t page = p.block_tables[s * p.block_table_stride + i];
+    if (page < 0 || page >= p.num_pages)
+      throw std::invalid_argument(where + "page id " + std::to_string(page) + " at entry " + std::to_string(i) +
+                                  " is outside the cache of " + std::to_string(p.num_pages) + " pages");
+  }
+}
+
+inline std::vector<Segment> row_blocks(const AttentionParams& p) {
+  const int32_t block_positions = std::max(1, kMaxRowsPerBlock / (p.num_heads / p.num_kv_heads));
+  std::vector<Segment> blocks;
+  for (int32_t s = 0; s < p.num_sequences; ++s) {
+    check_sequence(p, s);
+    const int32_t row_begin = p.query_starts[s], row_end = p.query_starts[s + 1];
+    for (int32_t head = 0; head < p.num_kv_heads; ++head) {
+      for (int32_t row = row_begin; row < row_end; row += block_positions) {
+        const int32_t position = p.context_lengths[s] - row_end + row;
+        const int32_t positions = std::min(block_positions, row_end - row);
+        const int32_t first_visible = p.window > 0 ? std::max(0, position - p.window + 1) : 0;
+        const int32_t tile_end = (position + positions + kTile - 1) / kTile;
+        blocks.push_back({s, head, row, position, positions, first_visible / kTile, tile_end, false, 0});
+      }
+    }
+  }
+  return blocks;
+}
+
+inline Plan make_plan(const AttentionParams& p, int64_t max_threads, int64_t partial_floats) {
+  const std::vector<Segment> blocks = row_blocks(p);
+  int64_t total = 0;
+  for (const Segment& b : blocks) total += (b.tile_end - b.tile_begin) * cost_per_tile(p, b);
+  const int64_t threads = std::clamp(total / kMinCostPerThread, int64_t{1}, max_threads);
+  Plan plan;
+  plan.thread_begin.push_back(0);
+  int64_t used = 0, target = total / threads;  // cost up to which the current thread takes work
+  for (const Segment& block : blocks) {
+    const int64_t cost = cost_per_tile(p, block);
+    Segment piece = block;
+    piece.workspace_offset = plan.workspace_floats;
+    const size_t first_piece = plan.segments.size();
+    for (int32_t tile = block.tile_begin; tile < block.tile_end; tile = piece.tile_end) {
+      const int64_t wanted = tile + std::max(int64_t{1}, (target - used) / cost);
+      const int64_t split_end = (wanted + kTilesPerSplit - 1) / kTilesPerSplit * kTilesPerSplit;
+      piece.tile_begin = tile;
+      piece.tile_end = static_cast<int32_t>(std::min(int64_t{block.tile_end}, split_end));
+      plan.segments.push_back(piece);
+      const int64_t splits = (piece.tile_end + kTilesPerSplit - 1) / kTilesPerSplit - tile / kTilesPerSplit;
+      piece.workspace_offset += splits * partial_floats * num_rows(p, block);
+      used += (piece.tile_end - tile) * cost;
+      while (used >= target && plan.num_threads() + 1 < threads) {
+        plan.thread_begin.push_back(static_cast<int64_t>(plan.segments.size()));
+        target = total * (plan.num_threads() + 1) / threads;
+      }
+    }
+    if (plan.segments.size() > first_piece + 1) {
+      for (size_t i = first_piece; i < plan.segments.size(); ++i) plan.segments[i].is_partial = true;
+      plan.shared.push_back(block);
+      plan.shared.back().workspace_offset = plan.workspace_floats;
+      plan.workspace_floats = piece.workspace_offset;
+    }
+  }
+  plan.thread_begin.push_back(static_cast<int64_t>(plan.segments.size()));
+  return plan;
+}
+
+}  // namespace pagestream

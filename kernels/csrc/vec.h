@@ -1,0 +1,119 @@
+// One vector of float32 per instruction set, and what attention needs of it. Everything is in an unnamed namespace:
+// a symbol shared between objects built for different instruction sets could be resolved to the wrong one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Float __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UInt __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t UShort __attribute__((vector_size(kLanes * 2)));
+
+inline Float load(const float* p) {
+  Float x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline void store(float* p, Float x) { memcpy(p, &x, sizeof x); }
+
+inline Float broadcast(float x) { return x - Float{}; }
+
+// Explicit, and -ffp-contract=off elsewhere: the compiler may not choose to fuse in one instance of a template and
+// not in another, because outputs with and without statistics must have the same bits.
+inline Float fma(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Int lane_index() {
+#if defined(__AVX512F__)
+  return Int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+  return Int{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return Int{0, 1, 2, 3};
+#endif
+}
+
+inline float sum(Float x) {
+  float t[kLanes];
+  store(t, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] += t[i + half];
+  return t[0];
+}
+
+inline Float max(Float a, Float b) { return a > b ? a : b; }
+
+inline float max(Float x) {
+  float t[kLanes];
+  store(t, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
+  return t[0];
+}
+
+constexpr float kMinExponent = -125.0f;  // below it 2^x counts as 0; keeps results out of the denormals
+
+// 2^x for x in [kMinExponent, 0], to 1 ulp; 1 for 0; 0 at kMinExponent; NaN for NaN. The polynomial interpolates
+// (2^f - 1) / f at the Chebyshev nodes of [-1/2, 1/2]; its relative error is 5e-9.
+inline Float exp2(Float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const Float shifted = x + kRound;
+  const Float f = x - (shifted - kRound);
+  Float p = broadcast(0.000154531634f);
+  p = fma(p, f, broadcast(0.00133908633f));
+  p = fma(p, f, broadcast(0.00961808302f));
+  p = fma(p, f, broadcast(0.0555035695f));
+  p = fma(p, f, broadcast(0.240226507f));
+  p = fma(p, f, broadcast(0.693147182f));
+  p = fma(p, f, broadcast(1.0f));
+  const Float power = (Float)((UInt)p + ((UInt)shifted << 23));
+  return x <= kMinExponent ? Float{} : power;
+}
+
+inline Float clamp_exponent(Float x) { return x < kMinExponent ? broadcast(kMinExponent) : x; }
+
+inline float exp2(float x) { return exp2(clamp_exponent(broadcast(x)))[0]; }
+
+// Transposes a square of kLanes x kLanes: each round of interleaving rotates the bits of (row, column) by one.
+inline void transpose(Float (&rows)[kLanes]) {
+#if defined(__AVX512F__)
+  const Int kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#elif defined(__AVX2__)
+  const Int kLow = {0, 8, 1, 9, 2, 10, 3, 11};
+#else
+  const Int kLow = {0, 4, 1, 5};
+#endif
+  const Int kHigh = kLow + kLanes / 2;
+  for (int round = 1; round < kLanes; round *= 2) {
+    Float next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], kLow);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], kHigh);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace

@@ -1,0 +1,90 @@
+"""The operators in plain PyTorch, on any device: slow, obvious, the oracle of every other implementation.
+
+Contracts in operators.py, definitions of the statistics in softmax.h. Lengths are read back to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SINK_TOKENS = 4
+RECENT_TOKENS = 64
+_ROWS_AT_ONCE = 256  # bounds the score matrix
+
+
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    page_size = key_cache.shape[2]
+    pages, offsets = slots // page_size, slots % page_size
+    key_cache[pages, :, offsets] = key.to(key_cache.dtype)
+    value_cache[pages, :, offsets] = value.to(value_cache.dtype)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    scale: float,
+    window: int,
+    out: Tensor,
+    stats: Tensor | None,
+    page_masses: Tensor | None,
+) -> None:
+    starts, lengths = query_starts.tolist(), context_lengths.tolist()
+    num_heads, page_size = query.shape[1], key_cache.shape[2]
+    for sequence, context in enumerate(lengths):
+        begin, end = starts[sequence], starts[sequence + 1]
+        pages = block_tables[sequence, : -(-context // page_size)].long()
+        keys = _gather(key_cache, pages, context, num_heads)  # [Hq, n, D]
+        values = _gather(value_cache, pages, context, num_heads)
+        for row in range(begin, end, _ROWS_AT_ONCE):
+            rows = slice(row, min(row + _ROWS_AT_ONCE, end))
+            positions = torch.arange(rows.start, rows.stop, device=query.device) - end + context  # [t]
+            scores = (query[rows].float().transpose(0, 1) @ keys.transpose(1, 2)) * scale  # [Hq, t, n]
+            visible = _visible(positions, context, window)
+            scores = scores.masked_fill(~visible, float("-inf"))
+            weights = scores.softmax(-1)
+            out[rows] = (weights @ values).transpose(0, 1).to(out.dtype)
+            if stats is not None:
+                stats[rows] = _statistics(scores, weights, positions, visible)
+            if page_masses is not None:
+                page_masses[rows] = _page_masses(weights, page_size, page_masses.shape[2])
+
+
+def _gather(cache: Tensor, pages: Tensor, context: int, num_heads: int) -> Tensor:
+    """The first `context` slots of `pages`, one copy per query head: float32 `[Hq, context, D]`."""
+    rows = cache[pages].float().transpose(0, 1).flatten(1, 2)[:, :context]
+    return rows.repeat_interleave(num_heads // cache.shape[1], dim=0)
+
+
+def _visible(positions: Tensor, context: int, window: int) -> Tensor:
+    """Bool `[t, context]`: which keys each position attends to."""
+    distance = positions[:, None] - torch.arange(context, device=positions.device)
+    return (distance >= 0) & (distance < window) if window > 0 else distance >= 0
+
+
+def _statistics(scores: Tensor, weights: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+    """`[t, Hq, 5]`; masked scores are -inf and have weight 0."""
+    shifted = scores - scores.amax(-1, keepdim=True)
+    # ln l - u / l with l and u shifted by the maximum: log-sum-exp minus mean score loses digits on large scores.
+    mean_shifted = (weights * shifted.masked_fill(~visible, 0)).sum(-1)
+    entropy = shifted.exp().sum(-1).log() - mean_shifted
+    recent = torch.arange(weights.shape[-1], device=weights.device) > positions[:, None] - RECENT_TOKENS
+    parts = (
+        scores.logsumexp(-1),
+        entropy,
+        weights.amax(-1),
+        weights[..., :SINK_TOKENS].sum(-1),
+        (weights * recent).sum(-1),
+    )
+    return torch.stack(parts, -1).transpose(0, 1)
+
+
+def _page_masses(weights: Tensor, page_size: int, max_pages: int) -> Tensor:
+    """`[t, Hq, max_pages]`."""
+    missing = max_pages * page_size - weights.shape[-1]
+    padded = torch.nn.functional.pad(weights, (0, missing))
+    return padded.unflatten(-1, (max_pages, page_size)).sum(-1).transpose(0, 1)
