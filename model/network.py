@@ -7,13 +7,14 @@ SwiGLU. Mistral adds a sliding window, Qwen2 biases, Qwen3 a norm of each query 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
+
 from pagestream import kernels
 from pagestream.model.batch import Batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
 from pagestream.model.rope import RotaryEmbedding, rotate
 from pagestream.model.weights import LayerWeights, Weights
-from torch.nn import functional
 
 
 class Network:
@@ -51,7 +52,7 @@ class Network:
             hidden = hidden + layer.attention_output(attended.flatten(1))
             hidden = hidden + _mlp(layer, self._rms_norm(hidden, layer.mlp_norm))
         last = self._rms_norm(hidden[batch.sampled_rows], self._weights.norm)  # [R, E]
-        return functional.linear(last, self._weights.lm_head).float()
+        return self._weights.lm_head(last).float()
 
     def _project(
         self, layer: LayerWeights, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from pagestream.model.step import Chunk, SampledToken, SamplingParams
 
 NUCLEUS_WIDTH = 1024  # how many of the likeliest tokens top-p looks at before it sorts the vocabulary: 6 times faster
