@@ -43,7 +43,7 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.name = path.stem
-        reader = _open(path)
+        reader = open_gguf(path)
         sources = {tensor.name: tensor for tensor in reader.tensors}
         for tensor in reader.tensors:
             if tensor.tensor_type.name not in _TYPES:
@@ -78,7 +78,10 @@ class GgufCheckpoint:
         return tensor
 
 
-def _open(path: Path) -> GGUFReader:
+def open_gguf(path: Path) -> GGUFReader:
+    """Raises ModelError for a file that is damaged, in the other byte order or split. Takes seconds for a large
+    vocabulary.
+    """
     from gguf import GGUFReader  # noqa: PLC0415, needed for these files alone
 
     class BoundedReader(GGUFReader):

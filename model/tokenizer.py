@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from tokenizers import AddedToken
 
 from pagestream.model.chat_template import ChatTemplate
+from pagestream.model.checkpoint_gguf import open_gguf
 from pagestream.model.errors import ModelError
 from pagestream.model.tokenizer_base import Tokenizer
 from pagestream.model.tokenizer_fast import FastTokenizer, surround
@@ -25,14 +26,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises ModelError if there is none or it is broken, UnsupportedModelError if its kind is not understood.
     """
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist")
         # here, because only GGUF files need the gguf package
-        from gguf import GGUFReader  # noqa: PLC0415
-
         from pagestream.model.tokenizer_gguf import gguf_tokenizer  # noqa: PLC0415
 
-        return gguf_tokenizer(GGUFReader(path))
+        return gguf_tokenizer(open_gguf(path))
     config = _read_json(path / "special_tokens_map.json") | _read_json(path / "tokenizer_config.json")
     if (path / "tokenizer.json").is_file():
         return _from_tokenizer_json(path, config)
