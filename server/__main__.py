@@ -28,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # a server's log wants Python's own
 )
 
 _CLIENT_EPILOG = (

@@ -141,7 +141,8 @@ def load_config(file: Path | None, flags: Mapping[str, object]) -> ServerConfig:
     ValueError for a file that cannot be read, a key that is not a setting or a value that makes no sense.
     """
     settings = _parse(_read_toml(file), where=f"{file}: ") if file else {}
-    return ServerConfig(**settings | _parse(flags, where="--"))
+    given = {name.replace("_", "-"): value for name, value in flags.items()}  # as they were typed
+    return ServerConfig(**settings | _parse(given, where="--"))
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -43,9 +43,9 @@ class Server:
 
     def __init__(self) -> None:
         self.grpc_port, http_port = _free_ports()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pagestream.server", "serve"]
-            + ["--grpc-port", str(self.grpc_port), "--http-port", str(http_port)],
+        ports = ["--grpc-port", str(self.grpc_port), "--http-port", str(http_port)]
+        self._process = subprocess.Popen(  # noqa: S603 - fixed words and two numbers
+            [sys.executable, "-m", "pagestream.server", "serve", *ports],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -108,7 +108,7 @@ def _run(server: Server, terminal: Console) -> None:
     with Client(f"127.0.0.1:{server.grpc_port}") as client:
         server.wait_until_serving(client, terminal)
         terminal.print(f"Ready after {time.monotonic() - started:.1f} s; asking it over gRPC\n")
-        terminal.print(f"[bold cyan]you[/]    {QUESTION}\n[bold green]model[/]  ", end="")
+        terminal.print(f"[bold]> {QUESTION}")
         request = GenerateStreamRequest(
             chat=Chat(messages=[ChatMessage(role="user", content=QUESTION)]), stop=StopConfig(max_tokens=MAX_TOKENS)
         )
