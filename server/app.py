@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from pagestream.server.assemble import assemble
@@ -15,7 +16,7 @@ from pagestream.server.config import ServerConfig
 from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
 from pagestream.server.listener import Listener
-from pagestream.server.metrics import Metrics
+from pagestream.server.metrics import Metrics, ServerState
 from pagestream.server.served import ModelSlot
 from pagestream.server.streams import Streams
 
@@ -38,7 +39,7 @@ async def _serve(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     stop, stop_now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
+        loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
     metrics, slot, streams = Metrics(), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
     listener = Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics)
@@ -47,14 +48,15 @@ async def _serve(config: ServerConfig) -> int:
     try:
         await listener.start()
         log.info("gRPC on %s:%d; metrics on http://%s:%d/metrics", config.host, listener.port, config.host, http.port)
-        loading = _in_background(lambda: assemble(config, metrics, streams.publish))
+        on_fault = partial(loop.call_soon_threadsafe, lambda: loop.create_task(_lose_readiness(listener, metrics)))
+        loading = _in_background(lambda: assemble(config, metrics, streams.publish, on_fault))
         stopping = loop.create_task(stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             model = loading.result()
             slot.fill(model)
             await listener.set_serving(serving=True)
-            metrics.set_ready()
+            metrics.state = ServerState.READY
             log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
             await stopping
             await _drain(model.engine, listener, streams, metrics, config.drain_seconds, stop_now)
@@ -66,12 +68,17 @@ async def _serve(config: ServerConfig) -> int:
     return 0
 
 
+async def _lose_readiness(listener: Listener, metrics: Metrics) -> None:
+    metrics.state = ServerState.FAILED
+    await listener.set_serving(serving=False)
+
+
 async def _drain(
     engine: Engine, listener: Listener, streams: Streams, metrics: Metrics, grace: float, stop_now: asyncio.Event
 ) -> None:
     """Refuses newcomers, lets running answers finish within the grace, ends the rest as UNAVAILABLE."""
     log.info("draining for at most %g s", grace)
-    metrics.set_draining()
+    metrics.state = ServerState.DRAINING
     await listener.set_serving(serving=False)
     engine.drain(retry_after_seconds=grace)
     waits = [asyncio.create_task(streams.all_closed()), asyncio.create_task(stop_now.wait())]

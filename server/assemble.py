@@ -14,8 +14,9 @@ from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.model.tokenizer import load_tokenizer
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
-from pagestream.server.engine import Engine, QueueLimits
+from pagestream.server.engine import Engine
 from pagestream.server.events import Publication
+from pagestream.server.inbox import QueueLimits
 from pagestream.server.metrics import Metrics
 from pagestream.server.scheduler import Scheduler
 from pagestream.server.served import ServedModel
@@ -23,12 +24,14 @@ from pagestream.server.served import ServedModel
 log = logging.getLogger(__name__)
 
 
-def assemble(config: ServerConfig, metrics: Metrics, publish: Callable[[Publication], None]) -> ServedModel:
+def assemble(
+    config: ServerConfig, metrics: Metrics, publish: Callable[[Publication], None], on_fault: Callable[[], None]
+) -> ServedModel:
     """A model that has generated its first token, with its engine running. Raises ModelError."""
     started = time.monotonic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    path = resolve_model(config.model, config.cache_dir)
+    path = resolve_model(config.model, config.cache_dir, log.info)
     tokenizer = load_tokenizer(path)
     loaded = load_model(
         path,
@@ -39,17 +42,15 @@ def assemble(config: ServerConfig, metrics: Metrics, publish: Callable[[Publicat
         max_context=config.max_context,
         token_budget=config.token_budget,
         kv_memory=config.kv_memory,
+        progress=_LoadProgress(),
     )
-    for line in loaded.plan.report():
-        log.info(line)
     _warm_up(loaded, config.token_budget)
     pool = BlockPool(loaded.plan.num_pages, config.page_size)
     scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=config.max_running)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
-    engine = Engine(scheduler, loaded.runner, metrics, limits, publish)
+    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, publish, on_fault)
     engine.start()
-    metrics.set_model_loaded(loaded, time.monotonic() - started)
-    return ServedModel(
+    model = ServedModel(
         name=loaded.name,
         tokenizer=tokenizer,
         engine=engine,
@@ -62,12 +63,24 @@ def assemble(config: ServerConfig, metrics: Metrics, publish: Callable[[Publicat
         dtype=loaded.dtype,
         kv_dtype=loaded.kv_dtype,
     )
+    metrics.set_model(
+        model.name,
+        load_seconds=time.monotonic() - started,
+        architecture=model.architecture,
+        dtype=model.dtype,
+        device=model.device,
+        max_context=model.max_context,
+        block_size=model.page_size,
+        num_blocks=loaded.plan.num_pages,
+        kv_dtype=model.kv_dtype,
+    )
+    return model
 
 
 def _warm_up(loaded: LoadedModel, token_budget: int) -> None:
     """Generates one token after the largest step there can be, so that what a step needs is had before it is promised:
     memory, compiled kernels, threads."""
-    length = min(token_budget, loaded.max_context - 1, loaded.plan.kv_capacity_tokens - 1)
+    length = min(token_budget, loaded.plan.longest_request - 1)
     chunk = Chunk(
         request_id="warm-up",
         tokens=[0] * length,
@@ -78,3 +91,15 @@ def _warm_up(loaded: LoadedModel, token_budget: int) -> None:
         sampling=SamplingParams(),
     )
     loaded.runner.step(StepPlan((chunk,)))
+
+
+class _LoadProgress:
+    """Logs every quarter of the weights."""
+
+    def __init__(self) -> None:
+        self._next_quarter = 1
+
+    def __call__(self, stored: int, total: int) -> None:
+        if stored * 4 >= total * self._next_quarter:
+            log.info("weights: %d %% loaded", 100 * stored // total)
+            self._next_quarter = 4 * stored // total + 1

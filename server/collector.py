@@ -25,33 +25,41 @@ class MetricsCollector(Collector):
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
+    def describe(self) -> Iterator[Metric]:
+        """Names for the registry: it refuses doubles and can serve a choice of them, `/metrics?name[]=...`."""
+        return map(_new_family, FAMILIES)
+
     def collect(self) -> Iterator[Metric]:
         reading = self._metrics.read()
         for family in FAMILIES:
             if family.per_model and reading.model is None:
                 continue
             model = (reading.model,) if family.per_model and reading.model is not None else ()
-            if family.kind == "histogram":
-                yield _histogram(family, model, reading.histograms[family.name])
+            metric = _new_family(family)
+            if isinstance(metric, HistogramMetricFamily):
+                _add_histograms(metric, family, model, reading.histograms[family.name])
             else:
-                metric = _KINDS[family.kind](PREFIX + family.name, family.meaning, labels=family.label_names)
                 for labels, value in reading.values[family.name].items():
                     metric.add_metric(model + labels, value)
-                yield metric
+            yield metric
 
 
-_KINDS: dict[str, type[CounterMetricFamily] | type[GaugeMetricFamily]] = {
-    "counter": CounterMetricFamily,
-    "gauge": GaugeMetricFamily,
-}
+def _new_family(family: Family) -> HistogramMetricFamily | CounterMetricFamily | GaugeMetricFamily:
+    name, labels = PREFIX + family.name, family.label_names
+    match family.kind:
+        case "histogram":
+            return HistogramMetricFamily(name, family.meaning, labels=labels)
+        case "counter":
+            return CounterMetricFamily(name, family.meaning, labels=labels)
+        case "gauge":
+            return GaugeMetricFamily(name, family.meaning, labels=labels)
 
 
-def _histogram(family: Family, model: tuple[str, ...], reading: HistogramReading) -> HistogramMetricFamily:
+def _add_histograms(
+    metric: HistogramMetricFamily, family: Family, model: tuple[str, ...], reading: HistogramReading
+) -> None:
     """A ctx without samples is left out: ten of them in each family would be most of all series."""
-    metric = HistogramMetricFamily(PREFIX + family.name, family.meaning, labels=family.label_names)
     edges = [*map(str, family.edges), "+Inf"]
-    rows = zip(family.series, reading.counts.tolist(), reading.sums.tolist(), strict=True)
-    for labels, counts, total in rows:
+    for labels, counts, total in zip(family.series, reading.counts.tolist(), reading.sums.tolist(), strict=True):
         if counts[-1] or "ctx" not in family.labels:
             metric.add_metric(model + labels, list(zip(edges, counts, strict=True)), total)
-    return metric

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterable
 from html import escape
@@ -120,7 +121,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's signature
         """A client that hangs up or stays silent is no event worth a traceback on stderr."""
-        log.debug("a request from %s was cut off", client_address, exc_info=True)
+        log.debug("a request from %s was cut off: %r", client_address, sys.exc_info()[1])
 
 
 class _ServerV6(_Server):

@@ -12,7 +12,7 @@ from pagestream.server.metrics import Metrics
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class CallCounter(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped in the stubs
+class CallCounter(grpc.aio.ServerInterceptor):
     """Methods that do not exist are not counted, so that clients cannot invent label values."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -27,7 +27,7 @@ class CallCounter(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped 
         method = handler_call_details.method
         if handler is None or handler.request_streaming:
             return handler
-        if handler.response_streaming:
+        if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
                 self._count_stream(handler.unary_stream, method),
                 handler.request_deserializer,
@@ -39,7 +39,7 @@ class CallCounter(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped 
             handler.response_serializer,
         )
 
-    def _count_unary(self, inner: Callable[[Any, Context], Awaitable[Any]], method: str) -> Callable[..., Any]:
+    def _count_unary(self, inner: Callable[..., Any] | None, method: str) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> Any:
             self._metrics.call_started(method)
             try:
@@ -49,7 +49,7 @@ class CallCounter(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # untyped 
 
         return call
 
-    def _count_stream(self, inner: Callable[[Any, Context], AsyncIterator[Any]], method: str) -> Callable[..., Any]:
+    def _count_stream(self, inner: Callable[..., Any], method: str) -> Callable[..., Any]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             self._metrics.call_started(method)
             try:

@@ -21,7 +21,6 @@ Kind = Literal["histogram", "counter", "gauge"]
 Outcome = Literal["ok", "cancelled", "deadline", "rejected", "error"]
 StepMix = Literal["decode", "prefill", "mixed"]
 CancelledBy = Literal["client", "deadline", "shutdown"]
-PreemptionReason = Literal["out_of_blocks"]
 REJECTION_REASONS = (  # those of errors.py, in lower case
     "invalid_field",
     "prompt_exceeds_model_context",
@@ -106,11 +105,11 @@ FAMILIES = (
     _counter("decode_step_seconds_total", "Wall time of steps that decode, alone or beside prompts", mix=_DECODE_MIX),
     _counter("decode_step_tokens_total", "Tokens decoded in those steps", mix=_DECODE_MIX),
     _counter(
-        "prompt_tokens_total", "Tokens of prompt chunks computed, or found in cache", source=("computed", "cached")
+        "prompt_tokens_total", "Tokens computed in prompt chunks, or found in cache", source=("computed", "cached")
     ),
     _counter("output_tokens_total", "Tokens generated"),
-    _counter("preemptions_total", "Running requests sent back to the queue", reason=get_args(PreemptionReason)),
-    _counter("recomputed_tokens_total", "Computed tokens that preemptions threw away, to be computed again"),
+    _counter("preemptions_total", "Running requests sent back to the queue", reason=("out_of_blocks",)),
+    _counter("recomputed_tokens_total", "Tokens computed again after a preemption"),
     # The process.
     _counter("grpc_server_started_total", "RPCs begun", model=False, method=()),
     _counter("grpc_server_handled_total", "RPCs ended, by status code", model=False, method=(), code=()),

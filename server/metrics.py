@@ -30,7 +30,6 @@ from pagestream.server.metric_families import (
     CancelledBy,
     LabelValues,
     Outcome,
-    PreemptionReason,
     StepMix,
     markdown_table,
 )
@@ -189,11 +188,11 @@ class Metrics:
         with self._lock:
             self._observe("cancel_release_seconds", seconds, by)
 
-    def observe_preemption(self, reason: PreemptionReason, computed_tokens: int) -> None:
-        """A running request lost its blocks, and with them so many computed tokens."""
+    def set_recomputation(self, preemptions: int, recomputed_tokens: int) -> None:
+        """Totals since the start: running requests sent back to the queue, and what was computed again for them."""
         with self._lock:
-            self._count("preemptions_total", 1, reason)
-            self._count("recomputed_tokens_total", computed_tokens)
+            self._values["preemptions_total"]["out_of_blocks",] = preemptions
+            self._values["recomputed_tokens_total"][()] = recomputed_tokens
 
     # ---- called by the services
 

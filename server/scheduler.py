@@ -4,16 +4,17 @@ The law, and why it holds:
 
 - Running requests followed by waiting ones are always in arrival order: the oldest waiting request starts, the youngest
   running one is preempted, and a preempted one waits in front.
-- So the oldest request runs whenever there is one, is never preempted, and gets at least one token of every step's
-  budget, which exceeds the number of decodes beside it. Of requests with at most L tokens each, the k-th oldest has
-  finished after k * L steps, whatever arrives later.
+- So the oldest request runs whenever there is one, is never preempted, and is served first in every step. Of requests
+  with at most L tokens each, the k-th oldest has finished after k * L steps, whatever arrives later.
+- A request starts only with budget that older ones leave over, so only the youngest running one can have more than one
+  token to compute: decodes come first, and the budget holds a token for each of them.
 - Blocks are released in one place, when a request leaves the running ones.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -93,23 +94,17 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Chooses the work of the next step and takes its blocks. Empty only if there is no request."""
+        planned: dict[Request, Chunk] = {}
         budget = self._token_budget
-        preemptions = self.num_preemptions_total
-        lengths: dict[Request, int] = {}
-        # The sort is stable: requests that need one token come first, each group in arrival order.
-        for request in sorted(self._running, key=lambda request: request.num_uncomputed > 1):
-            if request.state is RequestState.RUNNING:  # an earlier one may have preempted it
-                lengths[request] = self._take_blocks(request, budget)
-                budget -= lengths[request]
-        if self.num_preemptions_total == preemptions:
-            while budget > 0 and self._can_start():
-                request = self._start()
-                lengths[request] = self._take_blocks(request, budget)
-                budget -= lengths[request]
-        # A request preempted after its turn has lost its blocks: its part of the budget stays unspent.
-        chosen = {r: n for r, n in lengths.items() if n > 0 and r.state is RequestState.RUNNING}
-        plan = StepPlan(tuple(_chunk(request, length) for request, length in chosen.items()))
-        self._in_flight = (plan, tuple(chosen))
+        for request in self._next_in_line():
+            chunk = self._take_chunk(request, budget)
+            if chunk is not None:
+                planned[request] = chunk
+                budget -= chunk.length
+            if budget == 0:
+                break
+        plan = StepPlan(tuple(planned.values()))
+        self._in_flight = (plan, tuple(planned))
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Advance]:
@@ -156,6 +151,17 @@ class Scheduler:
         if len(self._running) > self._max_running:
             raise RuntimeError(f"{len(self._running)} requests run, {self._max_running} may")
 
+    def _next_in_line(self) -> Iterator[Request]:
+        """The running requests, then the waiting ones that can start: each chosen after those before it have taken
+        their blocks. Nothing starts in a step that had to preempt.
+        """
+        preemptions = self.num_preemptions_total
+        for request in tuple(self._running):
+            if request.state is RequestState.RUNNING:  # not preempted by an older one just now
+                yield request
+        while self.num_preemptions_total == preemptions and self._can_start():
+            yield self._start()
+
     def _can_start(self) -> bool:
         """Whether the oldest waiting request may start: nothing overtakes it, so it cannot starve.
 
@@ -179,17 +185,25 @@ class Scheduler:
         self._running.append(request)
         return request
 
-    def _take_blocks(self, request: Request, budget: int) -> int:
-        """Takes the blocks for as many tokens as the budget allows and returns how many tokens that are. Preempts the
-        youngest requests to make room; 0 if `request` itself was the youngest.
+    def _take_chunk(self, request: Request, budget: int) -> Chunk | None:
+        """As many tokens as the budget allows, with their blocks, which the youngest requests make room for. None if
+        `request` was the youngest itself and is preempted.
         """
         length = min(request.num_uncomputed, budget)
         missing = self._num_missing_blocks(request, request.num_computed + length)
         while missing > self._pool.num_free:
             if self._preempt_youngest() is request:
-                return 0
+                return None
         request.block_ids.extend(self._pool.allocate(missing))
-        return length
+        return Chunk(
+            request_id=request.request_id,
+            tokens=request.tokens,
+            num_prompt_tokens=request.num_prompt_tokens,
+            start=request.num_computed,
+            length=length,
+            block_ids=request.block_ids,
+            sampling=request.sampling,
+        )
 
     def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
         return max(0, self._pool.blocks_for(num_tokens) - len(request.block_ids))
@@ -236,15 +250,3 @@ class Scheduler:
         if request.num_tokens > self._pool.capacity:  # it could never be computed
             return FinishReason.MAX_CONTEXT
         return None
-
-
-def _chunk(request: Request, length: int) -> Chunk:
-    return Chunk(
-        request_id=request.request_id,
-        tokens=request.tokens,
-        num_prompt_tokens=request.num_prompt_tokens,
-        start=request.num_computed,
-        length=length,
-        block_ids=request.block_ids,
-        sampling=request.sampling,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from typing import Any
@@ -64,29 +65,34 @@ class GenerationService(GenerationServiceServicer):
 
     async def _events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
         """Accepted, then what the engine says. Raises RequestError. However it is left, the engine lets go."""
+        received = time.monotonic()
         try:
             model = self._slot.get(request.model)
             engine = model.engine
-            engine.check_open()  # before tokenising: a full or draining server must not spend time on the prompt
-            received = engine.clock()
+            engine.inbox.check_open()  # before tokenising: a full or draining server must not spend time on the prompt
             remaining = context.time_remaining()
             deadline = None if remaining is None else received + remaining
             job = await prepare(request, model, received, deadline, self._tokenizing, self._metrics)
-            queue_position = engine.submit(job)
+            queue_position = engine.inbox.submit(job)
         except RequestError as error:
-            self._metrics.observe_rejected(error.reason)
+            self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise
         request_id = job.request.request_id
         mailbox = self._streams.open(request_id)  # no await since submit, so no event can have been missed
+        waiting_for_first = True
         try:
             yield translate.accepted(job, queue_position)
             async for event in mailbox:
                 if isinstance(event, Failed):
                     raise event.error
                 yield event
+                if isinstance(event, Delta) and waiting_for_first:
+                    waiting_for_first = False
+                    seconds = time.monotonic() - received
+                    self._metrics.observe_first_delta(job.request.num_prompt_tokens, seconds)
         finally:
             self._streams.close(request_id)
-            engine.cancel(request_id)  # a no-op unless the client has gone or this handler broke
+            engine.inbox.cancel(job)  # a no-op unless the client has gone or this handler broke
 
 
 def _response(event: pb.Accepted | Event, output: pb.OutputConfig) -> pb.GenerateStreamResponse:
