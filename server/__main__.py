@@ -145,7 +145,7 @@ def generate(
 
 
 def _print_answer(client: Client, request: GenerateStreamRequest) -> None:
-    terminal = Console(stderr=True, highlight=False)
+    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
     answer = Answer()
     try:
         answer.receive(client.stream(request), lambda text: typer.echo(text, nl=False), terminal)

@@ -14,7 +14,7 @@ HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an
 
 def run_chat(client: Client, sampling: SamplingConfig, stop: StopConfig) -> None:
     """Reads lines and streams answers until the input ends. CallError if no model is served at the start."""
-    terminal = Console(highlight=False)
+    terminal = Console(highlight=False, soft_wrap=True)
     model = client.model()
     name, context = model.name.removeprefix("models/"), f"{model.max_context_tokens:,} tokens of context"
     terminal.print(f"{name} · {context}\n{HELP}", style="dim", markup=False)

@@ -126,7 +126,7 @@ def _run(server: Server, terminal: Console) -> None:
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default these would end us and leave the server
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    terminal = Console(highlight=False)
+    terminal = Console(highlight=False, soft_wrap=True)
     server = Server()
     try:
         _run(server, terminal)
