@@ -1,0 +1,144 @@
+"""The HTTP port over loopback."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+from collections.abc import Callable, Iterator
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from pagestream.server.http import HttpServer, start_http
+from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+
+
+@pytest.fixture
+def metrics(make_metrics: Callable[..., Metrics]) -> Metrics:
+    return make_metrics()
+
+
+@pytest.fixture
+def server(metrics: Metrics) -> Iterator[HttpServer]:
+    server = start_http(0, "127.0.0.1", metrics)
+    yield server
+    server.close()
+
+
+def get(server: HttpServer, path: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    request = Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
+    try:
+        with urlopen(request, timeout=10) as response:  # noqa: S310 - loopback
+            return response.status, response.read(), dict(response.headers)
+    except HTTPError as error:
+        with error:
+            return error.code, error.read(), dict(error.headers)
+
+
+def test_metrics_are_the_text_format_by_default(server: HttpServer, metrics: Metrics) -> None:
+    metrics.observe_gaps([100], [0.01])
+    status, body, headers = get(server, "/metrics")
+    names = {family.name for family in parse_text(body.decode())}
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert {"pagestream_inter_token_latency_seconds", "process_resident_memory_bytes"} <= names
+
+
+def test_metrics_are_negotiated(server: HttpServer) -> None:
+    accept = "application/openmetrics-text;version=1.0.0"
+    _, body, headers = get(server, "/metrics", Accept=accept, **{"Accept-Encoding": "gzip"})
+    assert headers["Content-Type"].startswith("application/openmetrics-text")
+    assert any(family.name == "pagestream_ready" for family in parse_openmetrics(gzip.decompress(body).decode()))
+
+
+def test_metrics_can_be_chosen_by_name(server: HttpServer) -> None:
+    _, body, _ = get(server, "/metrics?name[]=pagestream_kv_blocks")
+    assert [family.name for family in parse_text(body.decode())] == ["pagestream_kv_blocks"]
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "text"),
+    [
+        (ServerState.LOADING, 503, b"loading"),
+        (ServerState.READY, 200, b"ok"),
+        (ServerState.DRAINING, 503, b"draining"),
+        (ServerState.FAILED, 503, b"failed"),
+    ],
+)
+def test_health_follows_the_state(
+    server: HttpServer, metrics: Metrics, state: ServerState, status: int, text: bytes
+) -> None:
+    metrics.state = state
+    assert get(server, "/healthz")[:2] == (status, text)
+
+
+def test_status_page_shows_the_live_state(server: HttpServer, metrics: Metrics) -> None:
+    metrics.state = ServerState.READY
+    metrics.snapshot = EngineSnapshot(running_contexts=(5, 6, 7), waiting_contexts=(8,), free_blocks=1, active_blocks=3)
+    status, body, headers = get(server, "/")
+    page = body.decode()
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    for part in ("<td>m\n", "<td>ready", "<td>3", "<td>1", "<td>75%", 'href="/metrics"', 'http-equiv="refresh"'):
+        assert part in page
+    assert "src=" not in page  # self-contained
+
+
+def test_status_page_escapes_the_name_of_the_model(make_metrics: Callable[..., Metrics]) -> None:
+    server = start_http(0, "127.0.0.1", make_metrics(model="<b>&"))
+    try:
+        assert "<td>&lt;b&gt;&amp;" in get(server, "/")[1].decode()
+    finally:
+        server.close()
+
+
+def test_status_page_before_the_model_is_loaded() -> None:
+    server = start_http(0, "127.0.0.1", Metrics())
+    try:
+        assert "not loaded yet" in get(server, "/")[1].decode()
+    finally:
+        server.close()
+
+
+def test_other_paths_are_not_found(server: HttpServer) -> None:
+    assert get(server, "/metrics/x")[0] == 404
+    assert get(server, "/favicon.ico")[0] == 404
+
+
+def test_a_silent_client_holds_up_nobody(server: HttpServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as silent:
+        silent.sendall(b"GET /healthz")
+        assert get(server, "/healthz")[0] == 503
+
+
+def test_nothing_is_printed(server: HttpServer, capfd: pytest.CaptureFixture[str]) -> None:
+    get(server, "/healthz")
+    get(server, "/nowhere")
+    with socket.create_connection(("127.0.0.1", server.port)) as rude:
+        rude.sendall(b"nonsense\r\n\r\n")
+        assert b"400" in rude.recv(1000)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_taken_port_is_an_error_and_close_frees_it(metrics: Metrics) -> None:
+    server = start_http(0, "127.0.0.1", metrics)
+    with pytest.raises(OSError, match="in use"):
+        start_http(server.port, "127.0.0.1", metrics)
+    server.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", server.port))
+
+
+def test_ipv6(metrics: Metrics) -> None:
+    try:
+        server = start_http(0, "::1", metrics)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    try:
+        with socket.create_connection(("::1", server.port), timeout=10) as client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert b"503" in client.recv(1000)
+    finally:
+        server.close()
