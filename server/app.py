@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 from pagestream.server.assemble import assemble
@@ -48,7 +47,10 @@ async def _serve(config: ServerConfig) -> int:
     try:
         await listener.start()
         log.info("gRPC on %s:%d; metrics on http://%s:%d/metrics", config.host, listener.port, config.host, http.port)
-        on_fault = partial(loop.call_soon_threadsafe, lambda: loop.create_task(_lose_readiness(listener, metrics)))
+
+        def on_fault() -> None:
+            asyncio.run_coroutine_threadsafe(_lose_readiness(listener, metrics), loop)
+
         loading = _in_background(lambda: assemble(config, metrics, streams.publish, on_fault))
         stopping = loop.create_task(stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -65,6 +67,7 @@ async def _serve(config: ServerConfig) -> int:
         await listener.stop()
         http.close()
         tokenizing.shutdown(wait=False, cancel_futures=True)
+    log.info("stopped")
     return 0
 
 

@@ -87,7 +87,7 @@ class ModelService(ModelServiceServicer):
             await status.abort(context, error)
 
     async def ListModels(  # noqa: N802 - the proto's name
-        self, request: model_pb2.ListModelsRequest, context: Context
+        self, _request: model_pb2.ListModelsRequest, context: Context
     ) -> model_pb2.ListModelsResponse:
         try:
             return model_pb2.ListModelsResponse(models=[_info(self._slot.get())])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from google.protobuf import duration_pb2
 
 from pagestream.model.step import SampledToken, SamplingParams
@@ -40,19 +38,13 @@ def delta(event: events.Delta, output: pb.OutputConfig) -> pb.Delta:
     return pb.Delta(
         text=event.text,
         token_ids=[token.token_id for token in event.tokens] if output.token_ids else (),
-        logprobs=logprobs(event.tokens) if output.HasField("logprobs") else (),
+        logprobs=[_logprob(token, token.logprob) for token in event.tokens if token.logprob is not None],
     )
 
 
-def logprobs(tokens: Sequence[SampledToken]) -> list[pb.TokenLogprob]:
-    return [
-        pb.TokenLogprob(
-            token_id=token.token_id,
-            logprob=token.logprob,
-            top=[pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top_logprobs],
-        )
-        for token in tokens
-    ]
+def _logprob(token: SampledToken, logprob: float) -> pb.TokenLogprob:
+    top = [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in token.top_logprobs]
+    return pb.TokenLogprob(token_id=token.token_id, logprob=logprob, top=top)
 
 
 def finished(event: events.Finished) -> pb.Finished:
