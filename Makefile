@@ -3,10 +3,10 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 OUT ?= benchmarks/results
 
-.PHONY: help demo setup serve test lint bench gpu-check protos clean
+.PHONY: help demo setup serve test lint wheel-check bench gpu-check protos clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -32,8 +32,17 @@ lint: .venv/.installed .venv/.test .venv/.lint build/tree  ## ruff, mypy, import
 	$(BIN)/buf lint
 	protos/generate.sh build/stubs && diff -r -x '*.proto' -x py.typed -x __pycache__ build/stubs/pagestream protos/pagestream
 
+wheel-check: setup  ## install the wheel into an empty environment and run the demo from an unrelated folder
+	rm -rf build/empty dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	build/empty/bin/pip install --quiet --disable-pip-version-check dist/*.whl
+	cd / && $(CURDIR)/build/empty/bin/python -m pagestream.server.demo
+
 bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
-	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python benchmarks/decode.py
+	@$(BIN)/python -m pagestream.kernels.bench
 
 # Uses the python3 it finds, not .venv: machines with a GPU bring their own torch, which must not be replaced.
 gpu-check: build/tree  ## everything that needs a GPU; JSON and a log in $$OUT
@@ -49,8 +58,8 @@ clean:  ## remove what these targets made here; the model and the kernels stay i
 .venv/.installed: pyproject.toml
 	@echo "setting up .venv (a minute or two the first time)"
 	@$(PYTHON) -m venv .venv
-	@echo "  installing torch" && $(PIP) torch==2.13.0
-	@echo "  installing pagestream" && $(PIP) --editable .
+	@echo "  1/2 torch (200 MB)" && $(PIP) torch==2.13.0
+	@echo "  2/2 pagestream and its libraries" && $(PIP) --editable .
 	@touch $@
 
 .venv/.test: .venv/.installed
