@@ -25,11 +25,10 @@ class HfCheckpoint:
         self.config = parse_hf_config(
             _read_json(folder / "config.json"), _read_json(generation) if generation.exists() else None
         )
-        files = _weight_files(folder)
-        self.source_bytes = sum(file.stat().st_size for file in files)
+        self.source_bytes = 0
         self.tensors: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Any] = {}  # which open file holds a tensor
-        for file in files:
+        for file in _weight_files(folder):
             self._add(file)
         for tensor in _indexed_tensors(folder):
             if tensor not in self.tensors:
@@ -44,6 +43,7 @@ class HfCheckpoint:
             file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be read as safetensors, is it complete? ({error})") from error
+        self.source_bytes += path.stat().st_size
         for tensor in file.keys():  # noqa: SIM118, safe_open is no mapping
             header = file.get_slice(tensor)
             if header.get_dtype() not in _DTYPES:

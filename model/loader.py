@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from pagestream.model.runner import Runner
 from pagestream.model.weights import build_weights, count_parameters
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KV_DTYPES: Final = DTYPES | {"fp16": torch.float16}
 
 _log = logging.getLogger(__name__)
 
@@ -28,11 +29,16 @@ class LoadedModel:
     name: str
     config: ModelConfig
     runner: Runner
-    memory: MemoryPlan
-    num_parameters: int
-    dtype: str  # of the weights and the arithmetic; a key of DTYPES
-    kv_dtype: str
-    device: torch.device
+    plan: MemoryPlan
+    parameters: int
+    device: str  # a torch device
+    dtype: str  # of weights and arithmetic, a key of DTYPES
+    kv_dtype: str  # a key of KV_DTYPES
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of one request that the model allows; the KV cache may hold less (`plan.longest_request`)."""
+        return self.plan.max_context
 
 
 def load_model(
@@ -40,61 +46,71 @@ def load_model(
     *,
     dtype: str,
     kv_dtype: str,
-    device: torch.device,
+    device: str,
     page_size: int,
     max_context: int | None,
     token_budget: int,
     kv_memory: int | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
-    """`dtype` and `kv_dtype` are keys of DTYPES or `auto`; `max_context` in tokens (None: the model's own),
-    `kv_memory` in bytes (None: see `plan_memory`). `progress` gets bytes of weights stored and bytes in all.
+    """`device`, `dtype` and `kv_dtype` may be `auto`; `max_context` in tokens (None: the model's own), `kv_memory`
+    in bytes (None: see `plan_memory`). `progress` gets bytes of weights stored so far and bytes in all.
 
-    Raises ModelError; nothing is allocated before config, tensors and memory have been found good.
+    Raises ModelError; nothing is allocated before config, tensors and memory have been found good, and the memory
+    plan is logged before it is carried out.
     """
-    dtype = _choose_dtype(device) if dtype == "auto" else dtype
+    place = _choose_device(device)
+    dtype = _choose_dtype(place) if dtype == "auto" else dtype
     kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
-    for option, value in (("--dtype", dtype), ("--kv-dtype", kv_dtype)):
-        if value not in DTYPES:
-            raise ModelError(f"{option} {value} is not supported, only auto, {', '.join(DTYPES)}")
+    _check_option("--dtype", dtype, DTYPES)
+    _check_option("--kv-dtype", kv_dtype, KV_DTYPES)
     checkpoint = open_checkpoint(path)
     check_tensors(checkpoint)
     config = checkpoint.config
     plan = plan_memory(
         config,
         dtype=DTYPES[dtype],
-        kv_dtype=DTYPES[kv_dtype],
+        kv_dtype=KV_DTYPES[kv_dtype],
         page_size=page_size,
         max_context=min(max_context or config.max_position, config.max_position),
         token_budget=token_budget,
         kv_memory=kv_memory,
-        available=available_memory(device),
+        available=available_memory(place),
     )
-    num_parameters = count_parameters(config)
-    _log.info("%s: %.1f M parameters, %s on %s", checkpoint.name, num_parameters / 1e6, dtype, device)
-    for line in plan.report().splitlines():
+    parameters = count_parameters(config)
+    _log.info("%s: %.1f M parameters, %s on %s", checkpoint.name, parameters / 1e6, dtype, place)
+    for line in plan.report():
         _log.info("%s", line)
+    weights = build_weights(config, checkpoint.read, DTYPES[dtype], place, _running_total(progress, plan.weights_bytes))
+    cache = KVCache(config, plan.num_pages, page_size, KV_DTYPES[kv_dtype], place)
+    runner = Runner(config, weights, cache)
+    return LoadedModel(checkpoint.name, config, runner, plan, parameters, str(place), dtype, kv_dtype)
 
+
+def _running_total(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
     stored = 0
 
     def on_stored(num_bytes: int) -> None:
         nonlocal stored
         stored += num_bytes
-        if progress is not None:
-            progress(stored, plan.weights_bytes)
+        progress(stored, total)
 
-    weights = build_weights(config, checkpoint.read, DTYPES[dtype], device, on_stored)
-    cache = KVCache(config, plan.num_pages, page_size, DTYPES[kv_dtype], device)
-    return LoadedModel(
-        name=checkpoint.name,
-        config=config,
-        runner=Runner(config, weights, cache),
-        memory=plan,
-        num_parameters=num_parameters,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        device=device,
-    )
+    return on_stored
+
+
+def _check_option(option: str, value: str, choices: Mapping[str, torch.dtype]) -> None:
+    if value not in choices:
+        raise ModelError(f"{option} {value} is not supported, only auto, {', '.join(choices)}")
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: torch finds no CUDA device")
+    return torch.device(device)
 
 
 def _choose_dtype(device: torch.device) -> str:

@@ -46,7 +46,8 @@ class MemoryPlan:
         """Tokens of the longest request that can ever be served, prompt and answer."""
         return min(self.max_context, self.kv_capacity_tokens)
 
-    def report(self) -> str:
+    def report(self) -> tuple[str, ...]:
+        """Lines for people."""
         longest = f"longest request: {self.longest_request} tokens"
         if self.longest_request < self.max_context:
             longest += f", not {self.max_context}: the KV cache is the limit (--kv-memory)"
@@ -54,7 +55,7 @@ class MemoryPlan:
         total += f"weights {_size(self.weights_bytes)}, activations {_size(self.activation_bytes)}, "
         total += f"KV cache {_size(self.kv_bytes)}"
         pool = f"KV cache: {self.num_pages} pages of {self.page_size} tokens = {self.kv_capacity_tokens} tokens"
-        return f"{total}\n{pool}\n{longest}"
+        return total, pool, longest
 
 
 def plan_memory(
@@ -132,7 +133,7 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int:
         return free
     meminfo = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
     machine = int(meminfo["MemAvailable"].removesuffix("kB")) * 1024
-    return max(0, min(machine, *_cgroup_headrooms(root)))
+    return max(0, min((machine, *_cgroup_headrooms(root))))
 
 
 def _cgroup_headrooms(root: Path) -> Iterator[int]:

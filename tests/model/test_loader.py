@@ -1,0 +1,102 @@
+"""From a path to a runner that answers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pagestream.model import loader
+from pagestream.model.errors import ModelError, NotEnoughMemoryError
+from pagestream.model.loader import LoadedModel, load_model
+from pagestream.model.step import Chunk, SamplingParams, StepPlan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
+    path = tmp_path_factory.mktemp("tiny-llama")
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, **changes: Any) -> LoadedModel:
+    arguments: dict[str, Any] = {
+        "dtype": "fp32",
+        "kv_dtype": "auto",
+        "device": "cpu",
+        "page_size": 16,
+        "max_context": None,
+        "token_budget": 64,
+        "kv_memory": None,
+    }
+    return load_model(folder, **(arguments | changes))
+
+
+def test_loads_reports_and_answers_as_transformers(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[tuple[int, int]] = []
+    with caplog.at_level(logging.INFO):
+        loaded = load(folder, progress=lambda done, total: seen.append((done, total)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.name == folder.name
+    assert loaded.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (loaded.dtype, loaded.kv_dtype, loaded.device, loaded.max_context) == ("fp32", "fp32", "cpu", 256)
+    assert all(line in caplog.messages for line in loaded.plan.report())
+    assert seen == sorted(seen)
+    assert seen[-1] == (loaded.plan.weights_bytes, loaded.plan.weights_bytes)
+
+    tokens = [3, 14, 15, 92, 65]
+    chunk = Chunk("r", tokens, len(tokens), 0, len(tokens), [loaded.plan.num_pages - 1], SamplingParams())
+    (sampled,) = loaded.runner.step(StepPlan((chunk,))).sampled
+    assert sampled is not None
+    with torch.no_grad():
+        assert sampled.token_id == int(model(torch.tensor([tokens])).logits[0, -1].argmax())
+
+
+def test_the_context_is_the_smaller_of_the_models_and_the_one_asked_for(folder: Path) -> None:
+    assert load(folder, max_context=100).max_context == 100
+    assert load(folder, max_context=10_000).max_context == 256
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp16"])
+def test_the_cache_may_be_narrower_than_the_weights(folder: Path, kv_dtype: str) -> None:
+    loaded = load(folder, kv_dtype=kv_dtype)
+    chunk = Chunk("r", [1, 2, 3], 3, 0, 3, [0], SamplingParams())
+    assert loaded.runner.step(StepPlan((chunk,))).sampled[0] is not None
+    assert loaded.kv_dtype == kv_dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "fp8"}, "--dtype fp8"),
+        ({"kv_dtype": "int4"}, "--kv-dtype int4"),
+        ({"device": "cuda"}, "--device cuda"),
+    ],
+)
+def test_names_the_option_that_cannot_be(
+    folder: Path, change: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=message):
+        load(folder, **change)
+
+
+def test_too_little_memory_is_refused_before_a_tensor_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "available_memory", lambda _device: 1000)
+    monkeypatch.setattr(loader, "build_weights", None)
+    with pytest.raises(NotEnoughMemoryError):
+        load(folder)
