@@ -26,7 +26,9 @@ import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
 _LIBRARY = "libpagestream_cpu.so"
-_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11: loads in it and in all later ones
+_TORCH_TARGET = (
+    "-DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11: loads in it and in all later ones
+)
 # No fast-math: statistics need NaN, infinity and the order of operations. No automatic fusing: see vec.h.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -60,11 +62,10 @@ def build() -> Path:
         target = cache / _fingerprint(compiler)
         if not (target / _LIBRARY).exists():
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as aside:
+            with tempfile.TemporaryDirectory(dir=cache, prefix="building-", ignore_cleanup_errors=True) as aside:
                 _compile(compiler, Path(aside))
                 with contextlib.suppress(OSError):  # another process was first: its library is the same
                     Path(aside).rename(target)
-                Path(aside).mkdir(exist_ok=True)  # for TemporaryDirectory to remove
     except FileNotFoundError as error:
         raise BuildError(f"no C++ compiler ({compiler}): install g++ 11 or later (`apt-get install g++`)") from error
     except OSError as error:
@@ -73,7 +74,7 @@ def build() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603  # the user's own CXX
     digest = hashlib.sha256(repr((version, _FLAGS, _isas(), _TORCH_TARGET)).encode())
     for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]):
         digest.update(source.name.encode() + source.read_bytes())
@@ -89,17 +90,25 @@ def _compile(compiler: str, folder: Path) -> None:
         f"{isa}.o": [*flags, f"-DPAGESTREAM_ISA=pagestream_{isa}", "-c", str(_SOURCES / "attention.cpp")]
         for isa, flags in _isas().items()
     }
-    commands["bindings.o"] = [_TORCH_TARGET, "-isystem", str(torch_folder / "include"), "-c", str(_SOURCES / "bindings.cpp")]
+    commands["bindings.o"] = [
+        _TORCH_TARGET,
+        "-isystem",
+        str(torch_folder / "include"),
+        "-c",
+        str(_SOURCES / "bindings.cpp"),
+    ]
     _run_all([[compiler, *_FLAGS, *arguments, "-o", str(folder / name)] for name, arguments in commands.items()])
     objects = [str(folder / name) for name in commands]
-    _run_all([[compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(folder / _LIBRARY)]])
+    _run_all(
+        [[compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(folder / _LIBRARY)]]
+    )
     sys.stderr.write(f"{time.monotonic() - started:.1f} s\n")
 
 
 def _run_all(commands: list[list[str]]) -> None:
     """Run the commands at the same time."""
     pipe, text = subprocess.PIPE, subprocess.STDOUT
-    processes = [subprocess.Popen(command, stdout=pipe, stderr=text, text=True) for command in commands]
+    processes = [subprocess.Popen(command, stdout=pipe, stderr=text, text=True) for command in commands]  # noqa: S603
     outputs = [process.communicate()[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         if process.returncode != 0:
@@ -108,7 +117,7 @@ def _run_all(commands: list[list[str]]) -> None:
 
 @functools.cache
 def load() -> Status:
-    """Make the operators ready for CPU tensors, once per process: the C++ kernels, or with one warning the reference."""
+    """Make the operators ready for CPU tensors, once per process: C++, or with one warning the reference."""
     wanted = os.environ.get("PAGESTREAM_CPU_ISA", "auto")
     choices = ("auto", "reference", *_isas())
     if wanted not in choices:
@@ -116,19 +125,21 @@ def load() -> Status:
     if wanted == "reference":
         return Status("reference", "none", "PAGESTREAM_CPU_ISA=reference")
     try:
-        path = build()
-        torch.ops.load_library(path)
+        path = str(build())
+        ctypes.CDLL(path)  # registers its operators with torch
     except (BuildError, OSError) as error:
-        warnings.warn(f"pagestream runs its slow reference attention on this CPU: {error}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"pagestream runs its slow reference attention on this CPU: {error}", RuntimeWarning, stacklevel=3
+        )
         return Status("reference", "none", str(error))
     for isa in _isas() if wanted == "auto" else (wanted,):
         if _select(path, isa):
-            return Status("cpp", isa, str(path))
+            return Status("cpp", isa, path)
     raise ValueError(f"PAGESTREAM_CPU_ISA is {wanted!r}, which this CPU does not have")
 
 
-def _select(path: str | Path, isa: str) -> bool:
-    return bool(ctypes.CDLL(str(path)).pagestream_select_isa(isa.encode()))
+def _select(path: str, isa: str) -> bool:
+    return bool(ctypes.CDLL(path).pagestream_select_isa(isa.encode()))
 
 
 @contextlib.contextmanager

@@ -27,14 +27,12 @@ torch.library.impl("pagestream::paged_attention", "CompositeExplicitAutograd", r
 torch.library.impl("pagestream::store_kv", "CompositeExplicitAutograd", reference.store_kv)
 
 
-@torch.library.register_fake("pagestream::paged_attention")
-def _fake_paged_attention(*_args: object) -> None:
-    """Everything is written in place: there is no output to shape."""
+def _nothing_to_shape(*_args: object) -> None:
+    """Fake implementation: everything is written in place."""
 
 
-@torch.library.register_fake("pagestream::store_kv")
-def _fake_store_kv(*_args: object) -> None:
-    """Everything is written in place: there is no output to shape."""
+torch.library.register_fake("pagestream::paged_attention", _nothing_to_shape)
+torch.library.register_fake("pagestream::store_kv", _nothing_to_shape)
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -108,7 +106,17 @@ def paged_attention(
         raise ValueError(f"window is {window}: 0 means no window")
     _load_cpu_kernels(query)
     torch.ops.pagestream.paged_attention.default(
-        query, key_cache, value_cache, block_tables, query_starts, context_lengths, scale, window, out, stats, page_masses
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_starts,
+        context_lengths,
+        scale,
+        window,
+        out,
+        stats,
+        page_masses,
     )
 
 
@@ -146,13 +154,14 @@ def _check_device(reference_tensor: Tensor, *tensors: _Named) -> None:
 def _check_dense(*tensors: _Named, dims: int, dense: int) -> None:
     """`dims` dimensions, of which the last `dense` lie contiguously (a dimension of size 1 may have any stride)."""
     for name, tensor in tensors:
-        if tensor.dim() != dims:
-            raise ValueError(f"{name} must have {dims} dimensions; it has shape {tuple(tensor.shape)}")
-        stride = 1
+        shape, strides = tensor.shape, tensor.stride()
+        if len(shape) != dims:
+            raise ValueError(f"{name} must have {dims} dimensions; it has shape {tuple(shape)}")
+        expected = 1
         for dim in range(dims - 1, dims - 1 - dense, -1):
-            if tensor.stride(dim) != stride and tensor.shape[dim] > 1:
-                raise ValueError(f"the last {dense} dimensions of {name} must be contiguous; strides {tensor.stride()}")
-            stride *= tensor.shape[dim]
+            if strides[dim] != expected and shape[dim] > 1:
+                raise ValueError(f"the last {dense} dimensions of {name} must be contiguous; its strides are {strides}")
+            expected *= shape[dim]
 
 
 def _check_shape(*tensors: tuple[str, Tensor, tuple[int, ...]]) -> None:
@@ -163,7 +172,9 @@ def _check_shape(*tensors: tuple[str, Tensor, tuple[int, ...]]) -> None:
 
 def _check_cache_shapes(key_cache: Tensor, value_cache: Tensor) -> None:
     if value_cache.shape != key_cache.shape:
-        raise ValueError(f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} differ in shape")
+        raise ValueError(
+            f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} differ in shape"
+        )
     if key_cache.shape[2] not in _PAGE_SIZES:
         raise ValueError(f"the page size must be one of {_PAGE_SIZES}; it is {key_cache.shape[2]}")
     if key_cache.shape[3] % 8 != 0:

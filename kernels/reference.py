@@ -87,4 +87,4 @@ def _page_masses(weights: Tensor, page_size: int, max_pages: int) -> Tensor:
     """`[t, Hq, max_pages]`."""
     missing = max_pages * page_size - weights.shape[-1]
     padded = torch.nn.functional.pad(weights, (0, missing))
-    return padded.unflatten(-1, (max_pages, page_size)).sum(-1).transpose(0, 1)
+    return padded.reshape(*padded.shape[:2], max_pages, page_size).sum(-1).transpose(0, 1)

@@ -61,7 +61,9 @@ struct Row {
     head = int64_t{s.kv_head} * group + r % group;
   }
 
-  float* page_masses(const AttentionParams& p) const { return p.page_masses + (token * p.num_heads + head) * p.max_pages; }
+  float* page_masses(const AttentionParams& p) const {
+    return p.page_masses + (token * p.num_heads + head) * p.max_pages;
+  }
 };
 
 // The scores of one row and tile become weights 2^(s - m); the state takes them in. Keys outside [lo, hi) of the tile
@@ -150,9 +152,29 @@ void load_query(const AttentionParams& p, const Row& row, float* to) {
 }
 
 template <typename T>
-PagedRows<T> paged_rows(const AttentionParams& p, const Segment& s, const void* cache, int64_t page_stride, int64_t head_stride) {
+PagedRows<T> paged_rows(const AttentionParams& p, const Segment& s, const void* cache, int64_t page_stride,
+                        int64_t head_stride) {
   return {static_cast<const T*>(cache) + s.kv_head * head_stride, p.block_tables + s.sequence * p.block_table_stride,
           page_stride, __builtin_ctz(p.page_size), p.head_size};
+}
+
+// part_out (+)= weights x values of the tile. Few rows widen the values in registers; many share a widened tile. Either
+// way an output sums its keys in order, so the bits are the same.
+template <typename T>
+void add_values(const PagedRows<T>& value_rows, int begin, int end, int rows, int width, const Scratch& scratch,
+                bool accumulate) {
+  const int depth = min(kTile, end - begin);
+  if (rows > kBlockRows || width != value_rows.head_size) {
+    load_values(value_rows, begin, end, scratch.values, width);
+    gemm(scratch.scores, kTile, scratch.values, width, scratch.part_out, width, rows, width, depth, accumulate);
+    return;
+  }
+  const int run = min(kTile, 1 << value_rows.page_shift);
+  for (int j = 0; j < depth; j += run) {
+    for (int i = 0; i < run; ++i) prefetch_row(value_rows, begin + kTile + j + i, end);
+    gemm(scratch.scores + j, kTile, value_rows.at(begin + j), width, scratch.part_out, width, rows, width,
+         min(run, depth - j), accumulate || j > 0);
+  }
 }
 
 template <typename T, bool kWithStats>
@@ -178,7 +200,6 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
     for (; tile < split_end; ++tile) {
       const int begin = tile * kTile;
       load_keys(key_rows, begin, end, scratch.keys);
-      load_values(value_rows, begin, end, scratch.values, width);
       gemm(scratch.query, p.head_size, scratch.keys, kTile, scratch.scores, kTile, rows, kTile, p.head_size, false);
       for (int r = 0; r < rows; ++r) {
         const Row row(p, s, r);
@@ -192,10 +213,10 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
         float* o = scratch.part_out + r * width;
         if (tile > split_begin && factor != 1)
           for (int d = 0; d < width; d += kLanes) store(o + d, load(o + d) * factor);
-        if constexpr (kWithStats) add_masses(p, row, scores, split_begin * kTile, begin, lo, hi, factor, scratch.part[r]);
+        if constexpr (kWithStats)
+          add_masses(p, row, scores, split_begin * kTile, begin, lo, hi, factor, scratch.part[r]);
       }
-      const int depth = min(kTile, end - begin);
-      gemm(scratch.scores, kTile, scratch.values, width, scratch.part_out, width, rows, width, depth, tile > split_begin);
+      add_values(value_rows, begin, end, rows, width, scratch, tile > split_begin);
     }
     for (int r = 0; r < rows; ++r) {
       const Row row(p, s, r);

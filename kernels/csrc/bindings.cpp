@@ -149,7 +149,8 @@ void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
   });
 }
 
-void store_kv(const Tensor key, const Tensor value, const Tensor key_cache, const Tensor value_cache, const Tensor slots) {
+void store_kv(const Tensor key, const Tensor value, const Tensor key_cache, const Tensor value_cache,
+              const Tensor slots) {
   store_one(key, key_cache, slots);
   store_one(value, value_cache, slots);
 }

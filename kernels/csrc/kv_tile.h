@@ -1,7 +1,6 @@
 // Reads one tile of keys and values through the block table and widens it to float32, once for all rows that use it.
 #pragma once
 
-#include "dtype.h"
 #include "params.h"
 #include "vec.h"
 
@@ -9,26 +8,6 @@ namespace {
 
 using pagestream::AttentionParams;
 using pagestream::kTile;
-
-inline Float load_wide(const float* p) { return load(p); }
-
-inline Float load_wide(const BFloat16* p) {
-  UShort x;
-  memcpy(&x, p, sizeof x);
-  return (Float)(__builtin_convertvector(x, UInt) << 16);
-}
-
-inline Float load_wide(const Float16* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Float x;
-  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
-  return x;
-#endif
-}
 
 // The last vector of a row may be half a vector (head sizes are multiples of 8): the rest reads as 0.
 template <typename T>
@@ -62,6 +41,29 @@ inline void prefetch_row(const PagedRows<T>& rows, int position, int end) {
   for (int byte = 0; byte < rows.head_size * int{sizeof(T)}; byte += 64) __builtin_prefetch(row + byte, 0, 2);
 }
 
+// Columns [d, d + columns) of kLanes rows, transposed to keys[d][j]; returns how many columns it did.
+template <typename T>
+inline int transpose_columns(const T* block, int d, int head_size, float* keys) {
+  Float square[kLanes];
+  for (int i = 0; i < kLanes; ++i) square[i] = load_wide(block + i * head_size + d);
+  transpose(square);
+  for (int i = 0; i < kLanes; ++i) store(keys + i * kTile, square[i]);
+  return kLanes;
+}
+
+// bfloat16 moves in pairs, as one 32-bit lane: half the shuffles, which are what bounds a transposition.
+inline int transpose_columns(const BFloat16* block, int d, int head_size, float* keys) {
+  if (d + 2 * kLanes > head_size) return transpose_columns<BFloat16>(block, d, head_size, keys);
+  Float square[kLanes];
+  for (int i = 0; i < kLanes; ++i) memcpy(&square[i], block + i * head_size + d, sizeof(Float));
+  transpose(square);
+  for (int i = 0; i < kLanes; ++i) {
+    store(keys + 2 * i * kTile, (Float)((UInt)square[i] << 16));
+    store(keys + (2 * i + 1) * kTile, (Float)((UInt)square[i] & 0xffff0000u));
+  }
+  return 2 * kLanes;
+}
+
 // keys[d][j]: transposed, so that one vector holds kLanes keys. Slots at and beyond `end` are never read.
 template <typename T>
 void load_keys(const PagedRows<T>& rows, int begin, int end, float* keys) {
@@ -69,14 +71,13 @@ void load_keys(const PagedRows<T>& rows, int begin, int end, float* keys) {
     const int valid = end - begin - j;
     const T* block = valid > 0 ? rows.at(begin + j) : nullptr;
     for (int i = 0; i < kLanes; ++i) prefetch_row(rows, begin + kTile + j + i, end);
-    for (int d = 0; d < rows.head_size; d += kLanes) {
+    int d = 0;
+    while (valid >= kLanes && d + kLanes <= rows.head_size)
+      d += transpose_columns(block, d, rows.head_size, keys + d * kTile + j);
+    for (; d < rows.head_size; d += kLanes) {
       Float square[kLanes];
-      if (valid >= kLanes && d + kLanes <= rows.head_size) {
-        for (int i = 0; i < kLanes; ++i) square[i] = load_wide(block + i * rows.head_size + d);
-      } else {
-        for (int i = 0; i < kLanes; ++i)
-          square[i] = i < valid ? load_row(block + i * rows.head_size, d, rows.head_size) : Float{};
-      }
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = i < valid ? load_row(block + i * rows.head_size, d, rows.head_size) : Float{};
       transpose(square);
       for (int i = 0; i < kLanes; ++i) store(keys + (d + i) * kTile + j, square[i]);
     }

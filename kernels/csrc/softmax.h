@@ -21,6 +21,7 @@ struct Softmax {
 
   // Moves the shift and returns the factor that o takes along.
   float rescale(float new_m) {
+    if (new_m == m) return 1;
     const float factor = exp2(m - new_m);
     u = factor * (u + (m - new_m) * l);
     l *= factor;

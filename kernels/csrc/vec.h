@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include "dtype.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -27,6 +29,27 @@ inline Float load(const float* p) {
   Float x;
   memcpy(&x, p, sizeof x);
   return x;
+}
+
+// Loads that widen a storage type to float32.
+inline Float load_wide(const float* p) { return load(p); }
+
+inline Float load_wide(const BFloat16* p) {
+  UShort x;
+  memcpy(&x, p, sizeof x);
+  return (Float)(__builtin_convertvector(x, UInt) << 16);
+}
+
+inline Float load_wide(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Float x;
+  for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
 }
 
 inline void store(float* p, Float x) { memcpy(p, &x, sizeof x); }
@@ -55,22 +78,28 @@ inline Int lane_index() {
 #endif
 }
 
-inline float sum(Float x) {
-  float t[kLanes];
-  store(t, x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) t[i] += t[i + half];
-  return t[0];
-}
-
 inline Float max(Float a, Float b) { return a > b ? a : b; }
 
+// Folds the upper half of the lanes onto the lower, until one is left: a fixed order.
+template <typename Combine>
+inline float reduce(Float x, Combine combine) {
+#if defined(__AVX512F__)
+  x = combine(x, __builtin_shuffle(x, lane_index() ^ 8));
+#endif
+#if defined(__AVX2__)
+  x = combine(x, __builtin_shuffle(x, lane_index() ^ 4));
+#endif
+  x = combine(x, __builtin_shuffle(x, lane_index() ^ 2));
+  x = combine(x, __builtin_shuffle(x, lane_index() ^ 1));
+  return x[0];
+}
+
+inline float sum(Float x) {
+  return reduce(x, [](Float a, Float b) { return a + b; });
+}
+
 inline float max(Float x) {
-  float t[kLanes];
-  store(t, x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
-  return t[0];
+  return reduce(x, [](Float a, Float b) { return max(a, b); });
 }
 
 constexpr float kMinExponent = -125.0f;  // below it 2^x counts as 0; keeps results out of the denormals
