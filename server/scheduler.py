@@ -153,13 +153,12 @@ class Scheduler:
 
     def _next_in_line(self) -> Iterator[Request]:
         """The running requests, then the waiting ones that can start: each chosen after those before it have taken
-        their blocks. Nothing starts in a step that had to preempt.
+        their blocks. One that is preempted meanwhile does not start again: some of the blocks it needs are taken.
         """
-        preemptions = self.num_preemptions_total
         for request in tuple(self._running):
             if request.state is RequestState.RUNNING:  # not preempted by an older one just now
                 yield request
-        while self.num_preemptions_total == preemptions and self._can_start():
+        while self._can_start():
             yield self._start()
 
     def _can_start(self) -> bool:
@@ -206,7 +205,7 @@ class Scheduler:
         )
 
     def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
-        return max(0, self._pool.blocks_for(num_tokens) - len(request.block_ids))
+        return self._pool.blocks_for(num_tokens) - len(request.block_ids)
 
     def _final_length(self, request: Request) -> int:
         """The most tokens `request` will ever hold in the cache: its last token is never computed."""
