@@ -13,12 +13,10 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as GgmlType
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pagestream.model.checkpoint import check_tensors, open_checkpoint
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.kv_cache import KVCache
-from pagestream.model.rope import rope_frequencies
 from pagestream.model.runner import Runner
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.model.weights import build_weights, expected_tensors
@@ -211,69 +209,20 @@ def test_default_model_equals_transformers(default_model_path: Path) -> None:
     assert ours.tie_word_embeddings
 
 
-def llama3_divisors(factor: float, original: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensor that llama.cpp's converter stores, and the frequencies transformers uses for the same settings."""
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": factor, "low_freq_factor": 1.0}
-    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
-    config = transformers.LlamaConfig(**SIZES, rope_parameters=rope)
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    return (10000.0 ** -(torch.arange(0, 64, 2) / 64)) / scaled, scaled
+def test_rope_divisors_are_settings_and_no_weight(tmp_path: Path) -> None:
+    def write(value: float) -> Path:
+        tensors = {"rope_freqs.weight": (np.full(32, value, dtype=np.float32), GgmlType.F32)}
+        return write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), tensors=tensors)
+
+    check_tensors(open_checkpoint(write(1.0)))
+    with pytest.raises(UnsupportedModelError, match=r"tiny\.gguf: rope_freqs\.weight"):
+        open_checkpoint(write(2.0))
 
 
-def test_llama_3_frequencies_are_recognised(tmp_path: Path) -> None:
-    divisors, expected = llama3_divisors(32.0)
-    tensors = {"rope_freqs.weight": (divisors.numpy(), GgmlType.F32)}
-    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), tensors=tensors))
-    check_tensors(checkpoint)
-    torch.testing.assert_close(rope_frequencies(checkpoint.config)[0], expected, rtol=1e-5, atol=0.0)
-
-
-def test_other_frequencies_are_refused_rather_than_approximated(tmp_path: Path) -> None:
-    for divisors in (llama3_divisors(8.0, original=2048)[0], torch.ones(16)):
-        tensors = {"rope_freqs.weight": (divisors.numpy(), GgmlType.F32)}
-        path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), tensors=tensors)
-        with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight"):
-            open_checkpoint(path)
-
-
-def test_rope_scaling_and_window_keys(tmp_path: Path) -> None:
-    def config_with(model_type: str, **extra: Any) -> Any:
-        keys = {f"{model_type}.{key.replace('__', '.')}": value for key, value in extra.items()}
-        return open_checkpoint(write_gguf(tmp_path / "tiny.gguf", tiny_model(model_type), extra=keys)).config
-
-    linear = config_with("llama", rope__scaling__type="linear", rope__scaling__factor=4.0).rope_scaling
-    assert (linear.kind, linear.factor) == ("linear", 4.0)
-    assert config_with("llama", rope__scale_linear=2.0).rope_scaling.factor == 2.0
-    assert config_with("llama", rope__scaling__type="none", rope__scaling__factor=4.0).rope_scaling is None
-    yarn = config_with(
-        "qwen2",
-        rope__scaling__type="yarn",
-        rope__scaling__factor=4.0,
-        rope__scaling__original_context_length=512,
-        rope__scaling__yarn_beta_fast=16.0,
-    )
-    assert (yarn.rope_scaling.kind, yarn.rope_scaling.original_max_position) == ("yarn", 512)
-    assert (yarn.rope_scaling.beta_fast, yarn.max_position) == (16.0, 2048)
-    assert config_with("llama", attention__sliding_window=128).sliding_window == (128, 128)
-    assert config_with("llama", attention__sliding_window=0).sliding_window == ()
-
-
-@pytest.mark.parametrize(
-    ("extra", "named"),
-    [
-        ({"llama.attn_logit_softcapping": 30.0}, "attn_logit_softcapping"),
-        ({"llama.expert_count": 8}, "expert_count"),
-        ({"llama.rope.scaling.type": "longrope"}, "'longrope'"),
-        ({"llama.rope.dimension_count": 32}, "rope.dimension_count"),
-        ({"llama.attention.value_length": 32}, "attention.value_length"),
-        ({"llama.vocab_size": 97}, "vocab_size"),
-        ({"general.architecture": "gemma3"}, "gemma3"),
-    ],
-)
-def test_refuses_a_key_by_name(tmp_path: Path, extra: dict[str, Any], named: str) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra)
-    with pytest.raises(UnsupportedModelError, match=f"tiny.gguf.*{named}"):
-        open_checkpoint(path)
+def test_refuses_a_key_by_file_and_name(tmp_path: Path) -> None:
+    extra = {"llama.attn_logit_softcapping": 30.0}
+    with pytest.raises(UnsupportedModelError, match=r"tiny\.gguf.*attn_logit_softcapping"):
+        open_checkpoint(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra))
 
 
 def test_foreign_keys_outside_the_architecture_do_not_matter(tmp_path: Path) -> None:
