@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pagestream.model.errors import ModelError
 
-_MAX_WORK = 1_000_000  # loop rounds and calls in one rendering: about a second, a thousand times what chats need
+_MAX_WORK = 200_000  # loop rounds and calls in one rendering: about a second of work, chats of thousands of messages
 _WORK = "work counter"  # no template can name a variable with a space in it
 
 
@@ -29,7 +29,7 @@ class ChatTemplate:
     """One compiled template. Rendering is safe from any thread.
 
     A template comes with the model and is foreign code: the sandbox keeps it from the interpreter's internals, `range`
-    is limited to 100,000 and loop rounds and calls together to a million, so that no loop or recursion runs for ever.
+    is limited to 100,000 and loop rounds and calls together to 200,000, so that no loop or recursion runs for ever.
     The size of a single expression (`'a' * 10**9`) is not limited.
     """
 

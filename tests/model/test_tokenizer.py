@@ -11,7 +11,6 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -45,26 +44,15 @@ def save(folder: Path, backend: tokenizers.Tokenizer, **config: object) -> Path:
     return folder
 
 
-def save_sentencepiece(folder: Path, model: bytes, **config: object) -> Path:
-    (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    return lambda: tmp_path_factory.mktemp("model")
-
-
 @pytest.fixture(scope="module", params=["byte_level", *STYLES])
 def json_pair(
     request: pytest.FixtureRequest,
-    folder: Callable[[], Path],
+    tmp_path_factory: pytest.TempPathFactory,
     byte_level_backend: tokenizers.Tokenizer,
     byte_fallback_backend: Callable[[str], tokenizers.Tokenizer],
 ) -> tuple[Tokenizer, PreTrainedTokenizerFast]:
     backend = byte_level_backend if request.param == "byte_level" else byte_fallback_backend(request.param)
-    path = save(folder(), backend, bos_token="<s>", eos_token="</s>")
+    path = save(tmp_path_factory.mktemp("model"), backend, bos_token="<s>", eos_token="</s>")
     oracle = PreTrainedTokenizerFast.from_pretrained(path, clean_up_tokenization_spaces=False)
     return load_tokenizer(path), oracle
 
@@ -121,79 +109,6 @@ def test_a_broken_run_of_bytes_keeps_its_valid_characters(
         escaped = bytes([65, *run]).decode("utf-8", "surrogateescape")
         library = re.sub("[\udc80-\udcff]", "\ufffd", escaped)
     assert ours.decode(ids) == library
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        {"model_type": "bpe", "remove_extra_whitespaces": False},
-        {"model_type": "bpe", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
-        {"model_type": "unigram", "user_defined_symbols": ["<tool>", "▁▁"]},
-        {"model_type": "unigram", "byte_fallback": False, "normalization_rule_name": "nmt_nfkc"},
-    ],
-    ids=["llama", "no_prefix", "unigram", "no_bytes"],
-)
-def spm_pair(
-    request: pytest.FixtureRequest, folder: Callable[[], Path], sentencepiece_model: Callable[..., bytes]
-) -> tuple[Tokenizer, SentencePieceProcessor]:
-    model = sentencepiece_model(**request.param)
-    return load_tokenizer(save_sentencepiece(folder(), model)), SentencePieceProcessor(model_proto=model)
-
-
-@given(text=TEXT)
-def test_encodes_and_decodes_as_sentencepiece(spm_pair: tuple[Tokenizer, SentencePieceProcessor], text: str) -> None:
-    ours, oracle = spm_pair
-    text = re.sub("<s>|</s>|<unk>", "", text)
-    ids = ours.encode(text, add_special_tokens=False)
-    assert ids == oracle.encode(text)
-    assert ours.decode(ids) == oracle.decode(ids)
-    assert ours.encode(text, add_special_tokens=True) == [oracle.bos_id(), *ids]
-
-
-@given(data=st.data())
-def test_random_ids_decode_as_sentencepiece(
-    spm_pair: tuple[Tokenizer, SentencePieceProcessor], data: st.DataObject
-) -> None:
-    """Byte pieces in any order; each invalid byte is one U+FFFD. Control pieces only in front: between the bytes
-    of one character the library lets them break it.
-    """
-    ours, oracle = spm_pair
-    token = st.integers(0, ours.vocab_size - 1)
-    bytes_only = st.integers(3, min(258, ours.vocab_size - 1))
-    space = st.sampled_from([oracle.piece_to_id(piece) for piece in ("▁", "▁▁", "▁the")])
-    plain = (token | bytes_only | space).filter(lambda index: not oracle.is_control(index))
-    ids = [oracle.bos_id()] * data.draw(st.integers(0, 2)) + data.draw(st.lists(plain))
-    assert ours.decode(ids) == oracle.decode(ids)
-
-
-def test_sentencepiece_special_tokens_in_text_become_themselves(
-    spm_pair: tuple[Tokenizer, SentencePieceProcessor],
-) -> None:
-    ours, oracle = spm_pair
-    expected = [1, *oracle.encode("Hello"), 2, *oracle.encode("the quick")]
-    ids = ours.encode("<s>Hello</s>the quick", add_special_tokens=False)
-    assert ids == expected
-    assert ours.decode(ids, keep_special_tokens=True).startswith("<s>")
-    assert "<s>" not in ours.decode(ids)
-
-
-def test_sentencepiece_added_tokens(folder: Callable[[], Path], sentencepiece_model: Callable[..., bytes]) -> None:
-    """Beside the model's own pieces, with the white space that they swallow."""
-    model = sentencepiece_model(model_type="bpe", remove_extra_whitespaces=False)
-    oracle = SentencePieceProcessor(model_proto=model)
-    size = oracle.get_piece_size()
-    flags = {"single_word": False, "normalized": False}
-    added = {
-        str(size): {"content": "<|end|>", "special": True, "lstrip": False, "rstrip": True, **flags},
-        str(size + 2): {"content": "<tool>", "special": False, "lstrip": True, "rstrip": False, **flags},
-    }
-    path = save_sentencepiece(folder(), model, added_tokens_decoder=added, eos_token="<|end|>", add_eos_token=True)
-    ours = load_tokenizer(path)
-    assert ours.encode("a  <tool>b<|end|>\n\nc", add_special_tokens=True) == [
-        *(1, *oracle.encode("a"), size + 2, *oracle.encode("b"), size, *oracle.encode("c"), size)
-    ]
-    assert (ours.eos_token_ids, ours.vocab_size) == ((size,), size + 3)
-    assert ours.decode([size, size + 1, size + 2]) == "<tool>"
 
 
 @pytest.mark.parametrize(
