@@ -29,10 +29,9 @@ class RotaryEmbedding:
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Turns each pair (i, i + D/2) of heads [T, H, D] by its angle, computed in fp32, in the type of `heads`."""
-    exact = heads.float()
-    swapped = exact.roll(exact.shape[-1] // 2, dims=-1)
-    return torch.addcmul(exact * cos, swapped, signed_sin).to(heads.dtype)
+    """Turns each pair (i, i + D/2) of heads [T, H, D] by its angle, in fp32 like the angles, then rounds back."""
+    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return torch.addcmul(heads * cos, swapped, signed_sin).to(heads.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

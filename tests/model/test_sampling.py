@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pagestream.model.sampling import NUCLEUS_WIDTH, NonFiniteLogitsError, filtered_probabilities, sample
+from pagestream.model.sampling import NUCLEUS_WIDTH, NonFiniteLogitsError, _draw, filtered_probabilities, sample
 from pagestream.model.step import Chunk, SampledToken, SamplingParams
 
 GREEDY = SamplingParams()
@@ -121,6 +121,12 @@ def test_bias_then_penalties_then_suppression(data: st.DataObject) -> None:
     assert expected[chosen] == pytest.approx(max(expected), abs=1e-4)
 
 
+@pytest.mark.parametrize(("num_output", "expected"), [(0, 1), (1, 1), (2, 0), (3, 0)])
+def test_end_tokens_are_possible_from_min_tokens_on(num_output: int, expected: int) -> None:
+    sampling = SamplingParams(min_tokens=2, suppressed_until_min_tokens=frozenset({0}))
+    assert choose(torch.tensor([[2.0, 1.0]]), chunk(sampling, [1] * (3 + num_output), num_prompt=3)) == [expected]
+
+
 def test_adjusting_one_row_leaves_the_logits_and_the_other_rows() -> None:
     logits = random_logits(2, 50)
     before = logits.clone()
@@ -192,6 +198,14 @@ def test_a_row_does_not_depend_on_its_batch(rows: list[SamplingParams], seed: in
         (alone,) = sample(logits[row : row + 1], [chunks[row]])
         assert together[place].token_id == alone.token_id
         assert together[place].logprob == pytest.approx(alone.logprob, abs=1e-6)
+
+
+def test_the_ends_of_the_uniform_range_draw_the_outermost_possible_tokens() -> None:
+    """Tokens filtered out at either end of the vocabulary must stay out, whatever the total rounds to."""
+    for seed in range(100):
+        probabilities = random_logits(1, 1000, seed).softmax(dim=-1)
+        probabilities[:, :3] = probabilities[:, -3:] = 0
+        assert _draw(probabilities.expand(2, -1), [0.0, 1 - 2**-52]).tolist() == [3, 996]
 
 
 def test_seed_and_position_each_change_the_draw() -> None:
