@@ -21,9 +21,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class FastTokenizer(Tokenizer):
     """Encodes with a tokenizers object; decodes with the bytes of its tokens.
 
-    Decoding equals the library's own, but for one case: within a run of byte-fallback tokens that is not UTF-8 as a
-    whole the library replaces every byte, here the valid characters of the run stay. (What is wrong further on cannot
-    be known when the first characters are streamed.)
+    Decoding equals the library's own, but for two rare cases of byte-fallback tokens. Within a run of them that is not
+    UTF-8 as a whole the library replaces every byte, here the valid characters of the run stay: what is wrong further
+    on cannot be known when the first characters are streamed. And a run that spells the mark for spaces, U+2581,
+    stays that character, where a decoder that replaces marks after joining bytes would make it a space.
     """
 
     def __init__(

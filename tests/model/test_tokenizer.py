@@ -72,13 +72,13 @@ def test_encodes_and_decodes_as_transformers(
 def test_random_ids_decode_as_transformers(
     json_pair: tuple[Tokenizer, PreTrainedTokenizerFast], data: st.DataObject
 ) -> None:
-    """Byte-fallback ids come in valid order here; see the test of a broken run for the others."""
+    """Byte-fallback ids spell characters here, but not the mark for spaces; see FastTokenizer for why."""
     ours, oracle = json_pair
     fallback = {f"<0x{byte:02X}>" for byte in range(256)}
     token = st.integers(0, ours.vocab_size - 1)
     plain = token.filter(lambda index: oracle.convert_ids_to_tokens(index) not in fallback).map(lambda index: [index])
     character = st.characters(exclude_categories=["Cs"]).map(lambda text: oracle.encode(text)[-1:])
-    by_bytes = st.characters(exclude_categories=["Cs"]).map(
+    by_bytes = st.characters(exclude_categories=["Cs"], exclude_characters="▁").map(
         lambda text: oracle.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in text.encode()])
     )
     whole = st.lists(plain | by_bytes) if "<0x00>" in oracle.get_vocab() else st.lists(plain | character)
