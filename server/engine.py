@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pagestream.model.sampling import NonFiniteLogitsError
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import DeadlineExceededError, DrainingError, EngineFaultError, RequestError
@@ -135,10 +136,11 @@ class Engine:
         run twice, because all it leaves behind are the keys and values of its own positions."""
         try:
             result = self._runner.step(plan)
-        except Exception:
+        except Exception as error:
             log.exception("a step of %d requests failed; running each alone", len(plan.chunks))
             result = StepResult(tuple(self._execute_alone(chunk) for chunk in plan.chunks))
-            every_one_failed = not any(chunk.request_id in self._jobs for chunk in plan.chunks)
+            device_ran = isinstance(error, NonFiniteLogitsError)  # a request's own prompt or settings are at fault
+            every_one_failed = not device_ran and not any(chunk.request_id in self._jobs for chunk in plan.chunks)
             self._failed_steps = self._failed_steps + 1 if every_one_failed else 0
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise

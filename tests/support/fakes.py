@@ -1,0 +1,185 @@
+"""What stands in for a model: a tokenizer of bytes, a runner that says its prompt over and over, an engine on both."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from pagestream.model.chat_template import ChatTemplate
+from pagestream.model.detokenizer import TokenText
+from pagestream.model.step import SampledToken, SamplingParams, StepPlan, StepResult
+from pagestream.model.text_stream import TextStream
+from pagestream.model.tokenizer import Tokenizer
+from pagestream.server.block_pool import BlockPool
+from pagestream.server.engine import Engine
+from pagestream.server.events import Delta, Event, Failed, Finished, Publication
+from pagestream.server.inbox import QueueLimits
+from pagestream.server.job import Job
+from pagestream.server.metrics import Metrics
+from pagestream.server.request import Request
+from pagestream.server.scheduler import Scheduler
+from tests.support.waiting import WAIT
+
+END = 256  # the token that ends an answer
+
+
+class ByteTokenizer(Tokenizer):
+    """One token for each byte, and one that ends an answer."""
+
+    def __init__(
+        self, template: str | None = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    ) -> None:
+        super().__init__(
+            TokenText((*(bytes([byte]) for byte in range(256)), b"<end>"), frozenset({END})),
+            bos_token_id=None,
+            eos_token_ids=[END],
+            chat_template=None if template is None else ChatTemplate(template, {}),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+
+class EchoRunner:
+    """The n-th token of an answer is the n-th of the prompt, which begins again where it ends.
+
+    `faults` names requests whose steps raise. Steps begin when they may: `hold` stops them at their beginning.
+    """
+
+    def __init__(self) -> None:
+        self.faults: dict[str, Exception] = {}
+        self.on_step: Callable[[StepPlan], None] = lambda _plan: None
+        self._changed = threading.Condition()
+        self._begun = 0
+        self._allowed = float("inf")
+
+    def step(self, plan: StepPlan) -> StepResult:
+        with self._changed:
+            self._begun += 1
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: self._begun <= self._allowed, WAIT)
+        self.on_step(plan)
+        for chunk in plan.chunks:
+            if chunk.request_id in self.faults:
+                raise self.faults[chunk.request_id]
+        return StepResult(tuple(self._answer(chunk) if chunk.samples else None for chunk in plan.chunks))
+
+    @staticmethod
+    def _answer(chunk: Any) -> SampledToken:
+        return SampledToken(chunk.tokens[(chunk.end - chunk.num_prompt_tokens) % chunk.num_prompt_tokens])
+
+    def hold(self) -> None:
+        """The next step begins only when it is allowed to."""
+        with self._changed:
+            self._allowed = self._begun
+
+    def allow(self, steps: float = float("inf")) -> None:
+        with self._changed:
+            self._allowed += steps
+            self._changed.notify_all()
+
+    def wait_until_held(self) -> None:
+        """Returns when a step wants to begin and may not."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._begun > self._allowed, WAIT)
+
+
+class Recorder:
+    """All events of all requests, as the engine publishes them."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, list[Event]] = defaultdict(list)
+        self._changed = threading.Condition()
+
+    def publish(self, publication: Publication) -> None:
+        with self._changed:
+            for request_id, event in publication:
+                self.events[request_id].append(event)
+            self._changed.notify_all()
+
+    def end_of(self, request_id: str) -> Finished | Failed:
+        """Waits for the last event."""
+
+        def last() -> Finished | Failed | None:
+            return next((e for e in self.events[request_id] if isinstance(e, Finished | Failed)), None)
+
+        with self._changed:
+            end = self._changed.wait_for(last, WAIT)
+        assert end is not None, f"{request_id} did not end"
+        return end
+
+    def text_of(self, request_id: str) -> str:
+        return "".join(event.text for event in self.events[request_id] if isinstance(event, Delta))
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Rig:
+    """An engine whose parts a test can reach. Starts at once; `close` ends its thread."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        publish: Callable[[Publication], None] | None = None,
+        num_blocks: int = 64,
+        block_size: int = 16,
+        token_budget: int = 64,
+        max_running: int = 8,
+        limits: QueueLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.metrics = metrics
+        self.runner = EchoRunner()
+        self.recorder = Recorder()
+        self.gone = threading.Event()
+        self.pool = BlockPool(num_blocks, block_size)
+        self.scheduler = Scheduler(self.pool, token_budget=token_budget, max_running=max_running)
+        self.engine = Engine(
+            self.pool,
+            self.scheduler,
+            self.runner,
+            metrics,
+            limits or QueueLimits(1000, 1_000_000),
+            publish or self.recorder.publish,
+            self.gone.set,
+            clock,
+        )
+        self.engine.start()
+
+    def submit(self, request_id: str, **settings: Any) -> Job:
+        job = make_job(request_id, received=self.engine.clock(), **settings)
+        self.engine.inbox.submit(job)
+        return job
+
+    def close(self) -> None:
+        self.runner.allow()
+        self.engine.stop()
+
+
+def make_job(
+    request_id: str,
+    prompt: str = "abc",
+    max_new_tokens: int = 6,
+    received: float = 0.0,
+    deadline: float | None = None,
+    stop_strings: tuple[str, ...] = (),
+    progress_interval: float = 0.0,
+) -> Job:
+    tokens = list(prompt.encode())
+    return Job(
+        Request(request_id, tokens, SamplingParams(), max_new_tokens, eos_token_ids=frozenset({END})),
+        TextStream(ByteTokenizer(), stop_strings),
+        received,
+        deadline,
+        progress_interval,
+    )
