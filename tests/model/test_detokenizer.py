@@ -3,7 +3,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pagestream.model.detokenizer import IncrementalDetokenizer, TokenText
@@ -43,6 +43,7 @@ def is_incomplete(tail: bytes) -> bool:
     return tail == b""
 
 
+@settings(deadline=None)
 @given(PIECES, st.booleans())
 @example([b"\xe2\x82", b"\xe2\x82\xac"], True)
 @example([b"\xf0\x9f", b"\x98", b"a"], False)
@@ -57,6 +58,7 @@ def test_emits_all_but_an_incomplete_character(pieces: list[bytes], each_byte: b
     assert emitted + detokenizer.finish() == oracle(seen, each_byte=each_byte)
 
 
+@settings(deadline=None)
 @given(st.text())
 @example("👨‍👩‍👧👍🏽🇫🇷e\u0301\u0323 हिन्दी ภาษาไทย שלום")
 @example("\x00\x7f\x80\u07ff\u0800\uffff\U00010000" + chr(sys.maxunicode))
@@ -83,6 +85,7 @@ def test_leading_space_goes_with_the_first_token_or_until_there_is_text(until_te
     assert "".join(map(detokenizer.push, [0, 1, 2, 2])) == expected
 
 
+@settings(deadline=None)
 @given(st.integers(-5, 300))
 def test_ids_outside_the_vocabulary_contribute_nothing(token: int) -> None:
     """Models pad their embedding, so such ids can be sampled."""

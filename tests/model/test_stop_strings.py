@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagestream.model.detokenizer import TokenText
@@ -53,6 +53,7 @@ LETTERS = st.text("ab€", min_size=1, max_size=5)
 STOPS = st.lists(LETTERS, min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.text("ab€", max_size=20), STOPS, st.data())
 def test_any_split_gives_the_text_before_the_first_stop(text: str, stops: list[str], data: st.DataObject) -> None:
     """A small alphabet makes stop strings overlap themselves and each other; splits fall inside characters too."""
@@ -63,6 +64,7 @@ def test_any_split_gives_the_text_before_the_first_stop(text: str, stops: list[s
     assert ("".join(emitted), matched) == cut(text, stops)
 
 
+@settings(deadline=None)
 @given(st.lists(LETTERS, max_size=8), STOPS)
 def test_withholds_exactly_the_longest_open_end(pieces: list[str], stops: list[str]) -> None:
     emitted, matched = run([piece.encode() for piece in pieces], stops)
@@ -91,6 +93,7 @@ def test_the_longest_wins_at_the_same_end_and_the_first_end_wins_otherwise() -> 
     assert run([b"xabcd"], ["abcd", "bc"]) == (["xa"], "bc")
 
 
+@settings(deadline=None)
 @given(st.lists(LETTERS, max_size=8), STOPS, st.integers(0, 9))
 def test_stops_begin_with_the_token_number_min_tokens(pieces: list[str], stops: list[str], min_tokens: int) -> None:
     exempt = max(min_tokens - 1, 0)

@@ -57,6 +57,7 @@ def json_pair(
     return load_tokenizer(path), oracle
 
 
+@settings(deadline=None)
 @given(TEXT, st.booleans())
 def test_encodes_and_decodes_as_transformers(
     json_pair: tuple[Tokenizer, PreTrainedTokenizerFast], text: str, special: bool
@@ -68,6 +69,7 @@ def test_encodes_and_decodes_as_transformers(
     assert ours.decode(ids, keep_special_tokens=True) == oracle.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_random_ids_decode_as_transformers(
     json_pair: tuple[Tokenizer, PreTrainedTokenizerFast], data: st.DataObject
@@ -95,8 +97,8 @@ def test_facts_of_a_tokenizer_json(json_pair: tuple[Tokenizer, PreTrainedTokeniz
     assert ours.chat_template is None
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 255), max_size=8))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_broken_run_of_bytes_keeps_its_valid_characters(
     byte_fallback_backend: Callable[[str], tokenizers.Tokenizer], tmp_path: Path, run: list[int]
 ) -> None:

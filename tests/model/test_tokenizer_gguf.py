@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from gguf import GGUFWriter, TokenType
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -98,6 +98,7 @@ def default_pair(default_model_path: Path) -> tuple[Tokenizer, PreTrainedTokeniz
     return load_tokenizer(default_model_path), oracle
 
 
+@settings(deadline=None)
 @given(TEXT | st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "user\n", "7 times 8"])).map("".join))
 def test_default_model_encodes_and_decodes_as_transformers(
     default_pair: tuple[Tokenizer, PreTrainedTokenizerFast], text: str
@@ -109,6 +110,7 @@ def test_default_model_encodes_and_decodes_as_transformers(
     assert ours.decode(ids, keep_special_tokens=True) == oracle.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 49151) | st.integers(0, 300)))
 def test_default_model_decodes_random_ids_as_transformers(
     default_pair: tuple[Tokenizer, PreTrainedTokenizerFast], ids: list[int]
@@ -155,6 +157,7 @@ def pre_pair(
     return load_tokenizer(path), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
+@settings(deadline=None)
 @given(text=TEXT)
 def test_word_rules_are_those_of_transformers(pre_pair: tuple[Tokenizer, PreTrainedTokenizerFast], text: str) -> None:
     ours, oracle = pre_pair
@@ -225,6 +228,7 @@ def spm_pair(
     return load_tokenizer(path), SentencePieceProcessor(model_proto=model)
 
 
+@settings(deadline=None)
 @given(text=TEXT)
 def test_llama_vocabulary_is_the_sentencepiece_model_it_was_made_from(
     spm_pair: tuple[Tokenizer, SentencePieceProcessor], text: str
@@ -236,6 +240,7 @@ def test_llama_vocabulary_is_the_sentencepiece_model_it_was_made_from(
     assert ours.decode(ids) == oracle.decode(ids)
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(3, 400) | st.integers(3, 258)))
 def test_llama_vocabulary_decodes_random_ids(
     spm_pair: tuple[Tokenizer, SentencePieceProcessor], ids: list[int]

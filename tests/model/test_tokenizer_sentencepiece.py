@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
@@ -43,6 +43,7 @@ def spm_pair(
     )
 
 
+@settings(deadline=None)
 @given(text=TEXT)
 def test_encodes_and_decodes_as_sentencepiece(spm_pair: tuple[Tokenizer, SentencePieceProcessor], text: str) -> None:
     ours, oracle = spm_pair
@@ -53,6 +54,7 @@ def test_encodes_and_decodes_as_sentencepiece(spm_pair: tuple[Tokenizer, Sentenc
     assert ours.encode(text, add_special_tokens=True) == [oracle.bos_id(), *ids]
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_random_ids_decode_as_sentencepiece(
     spm_pair: tuple[Tokenizer, SentencePieceProcessor], data: st.DataObject
