@@ -249,19 +249,11 @@ def test_llama_vocabulary_decodes_random_ids(
     assert ours.decode(ids) == oracle.decode(ids)
 
 
-def unknown_model(writer: GGUFWriter) -> None:
-    writer.add_tokenizer_model("bert")
-
-
 def unknown_pre(writer: GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("starfleet")
     writer.add_token_list(["a"])
     writer.add_token_types([1])
-
-
-def no_vocabulary(writer: GGUFWriter) -> None:
-    writer.add_tokenizer_model("llama")
 
 
 def no_scores(writer: GGUFWriter) -> None:
@@ -286,10 +278,14 @@ def wrong_merges(writer: GGUFWriter) -> None:
 @pytest.mark.parametrize(
     ("fill", "error", "message"),
     [
-        (unknown_model, UnsupportedModelError, "tokenizer.ggml.model = 'bert' is not supported"),
+        (
+            lambda writer: writer.add_tokenizer_model("bert"),
+            UnsupportedModelError,
+            "tokenizer.ggml.model = 'bert' is not supported",
+        ),
         (unknown_pre, UnsupportedModelError, "tokenizer.ggml.pre = 'starfleet' is not supported"),
         (lambda _: None, ModelError, "has no tokenizer"),
-        (no_vocabulary, ModelError, "vocabulary is incomplete"),
+        (lambda writer: writer.add_tokenizer_model("llama"), ModelError, "vocabulary is incomplete"),
         (no_scores, ModelError, "tokenizer.ggml.scores has 0 entries for 1 tokens"),
         (no_unknown_piece, ModelError, "SentencePiece model cannot be loaded"),
         (wrong_merges, ModelError, "does not fit its merges"),
