@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import Self
 
@@ -61,12 +63,19 @@ class Client:
             raise self._explain(error) from error
 
     def stream(self, request: GenerateStreamRequest) -> Generator[GenerateStreamResponse, None, None]:
-        """The events of one answer. Closing the generator early cancels the call."""
+        """The events of one answer. Closing the generator early cancels the call.
+
+        A thread of its own reads the call: gRPC keeps its locks for ever when Ctrl-C raises KeyboardInterrupt while
+        the main thread holds one, and every later call would hang.
+        """
         call = GenerationServiceStub(self.channel).GenerateStream(request)
+        arrived: SimpleQueue[GenerateStreamResponse | grpc.RpcError | None] = SimpleQueue()
+        Thread(target=_read, args=(call, arrived.put), daemon=True).start()
         try:
-            yield from call
-        except grpc.RpcError as error:
-            raise self._explain(error) from error
+            while (event := arrived.get()) is not None:
+                if isinstance(event, grpc.RpcError):
+                    raise self._explain(event) from event
+                yield event
         finally:
             call.cancel()  # nothing happens if the answer is complete
 
@@ -86,6 +95,20 @@ class Client:
         if retry.HasField("retry_delay"):
             sentence += f"; try again in {_seconds(retry.retry_delay):g} s"
         return CallError(sentence)
+
+
+def _read(
+    call: Iterable[GenerateStreamResponse], put: Callable[[GenerateStreamResponse | grpc.RpcError | None], None]
+) -> None:
+    """Every event, then the error that ended the stream or None."""
+    end = None
+    try:
+        for event in call:
+            put(event)
+    except grpc.RpcError as error:
+        end = error
+    finally:
+        put(end)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -236,8 +237,9 @@ class Terminal:
         self._keys.flush()
 
     def read_until(self, marker: str) -> None:
+        deadline = time.monotonic() + WAIT  # of the whole: a spinner never falls silent
         while marker.encode() not in self._unread:
-            ready, _, _ = select.select([self._screen], [], [], WAIT)
+            ready, _, _ = select.select([self._screen], [], [], max(0.0, deadline - time.monotonic()))
             piece = os.read(self._screen.fileno(), 4096) if ready else b""
             assert piece, f"no {marker!r} in {self._unread!r}"
             self._unread += piece
