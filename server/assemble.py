@@ -15,8 +15,8 @@ from pagestream.model.tokenizer import load_tokenizer
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
 from pagestream.server.engine import Engine
-from pagestream.server.events import Publication
 from pagestream.server.inbox import QueueLimits
+from pagestream.server.job import Publication
 from pagestream.server.metrics import Metrics
 from pagestream.server.scheduler import Scheduler
 from pagestream.server.served import ServedModel

@@ -17,9 +17,9 @@ from pagestream.model.sampling import NonFiniteLogitsError
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import DeadlineExceededError, DrainingError, EngineFaultError, RequestError
-from pagestream.server.events import Failed, Publication
+from pagestream.server.events import Failed
 from pagestream.server.inbox import Inbox, QueueLimits
-from pagestream.server.job import Job
+from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import EngineSnapshot, Metrics
 from pagestream.server.request import FinishReason
 from pagestream.server.scheduler import Advance, Scheduler
@@ -167,10 +167,10 @@ class Engine:
             if advance.sampled is None:
                 progress = job.progress(now)
                 if progress is not None:
-                    self._publication.append((request.request_id, progress))
+                    self._publication.append((job, progress))
                 continue
             is_first = job.first_token is None
-            self._publication.append((request.request_id, job.take_token(advance.sampled, now)))
+            self._publication.append((job, job.take_token(advance.sampled, now)))
             if is_first:
                 self._metrics.observe_first_token(request.num_prompt_tokens, job.timings())
             else:
@@ -178,14 +178,14 @@ class Engine:
                 gaps.append(job.gaps[-1])
             if job.is_finished:
                 finished = job.finished()
-                self._publication.append((request.request_id, finished))
+                self._publication.append((job, finished))
                 self._release(job, finished.reason)
         self._metrics.observe_gaps(contexts, gaps)
 
     def _end(self, job: Job, reason: FinishReason, error: RequestError | None = None) -> None:
         """A request ends without an answer; a client that left is told nothing."""
         if error is not None:
-            self._publication.append((job.request.request_id, Failed(error)))
+            self._publication.append((job, Failed(error)))
         self._release(job, reason)
 
     def _release(self, job: Job, reason: FinishReason) -> None:
@@ -218,7 +218,7 @@ class Engine:
         self.inbox.refuse(error)
         arrivals = self.inbox.take(wait=False).arrivals
         for job in (*self._jobs.values(), *arrivals):
-            self._publication.append((job.request.request_id, Failed(error)))
+            self._publication.append((job, Failed(error)))
             self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
         self._jobs.clear()
         self._publish(self._publication)

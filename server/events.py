@@ -57,4 +57,3 @@ class Failed:
 
 
 Event = Progress | Delta | Finished | Failed
-Publication = list[tuple[str, Event]]  # (request id, event), in order: everything one step has to say

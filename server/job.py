@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pagestream.model.step import SampledToken
 from pagestream.model.text_stream import TextStream
-from pagestream.server.events import Delta, Finished, Progress, Timings
+from pagestream.server.events import Delta, Event, Finished, Progress, Timings
 from pagestream.server.request import FinishReason, Request
 
 _ENDING_TOKEN = (FinishReason.END_OF_SEQUENCE, FinishReason.STOP_TOKEN)
@@ -82,6 +82,9 @@ class Job:
             time_to_first_token=_between(self.received, self.first_token),
             gaps=tuple(self.gaps),
         )
+
+
+Publication = list[tuple[Job, Event]]  # in order: everything one step has to say
 
 
 def _between(start: float | None, end: float | None) -> float | None:

@@ -77,8 +77,7 @@ class GenerationService(GenerationServiceServicer):
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise
-        request_id = job.request.request_id
-        mailbox = self._streams.open(request_id)  # no await since submit, so no event can have been missed
+        mailbox = self._streams.open(job)  # no await since submit, so no event can have been missed
         waiting_for_first = True
         try:
             yield translate.accepted(job, queue_position)
@@ -91,7 +90,7 @@ class GenerationService(GenerationServiceServicer):
                     seconds = time.monotonic() - received
                     self._metrics.observe_first_delta(job.request.num_prompt_tokens, seconds)
         finally:
-            self._streams.close(request_id)
+            self._streams.close(job)
             engine.inbox.cancel(job)  # a no-op unless the client has gone or this handler broke
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from pagestream.server.events import Delta, Event, Failed, Finished, Progress, Publication
+from pagestream.server.events import Delta, Event, Failed, Finished, Progress
+from pagestream.server.job import Job, Publication
 
 
 class Mailbox:
@@ -52,22 +53,25 @@ def merge(deltas: list[Delta]) -> Delta:
 
 
 class Streams:
-    """All mailboxes. `publish` may be called from any thread and costs the loop one wake-up for a whole step."""
+    """All mailboxes, by job: a request id may be in use again while the reader of its last answer is slow.
+
+    `publish` may be called from any thread and costs the loop one wake-up for a whole step.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._mailboxes: dict[str, Mailbox] = {}
+        self._mailboxes: dict[Job, Mailbox] = {}
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def open(self, request_id: str) -> Mailbox:
+    def open(self, job: Job) -> Mailbox:
         mailbox = Mailbox()
-        self._mailboxes[request_id] = mailbox
+        self._mailboxes[job] = mailbox
         self._empty.clear()
         return mailbox
 
-    def close(self, request_id: str) -> None:
-        self._mailboxes.pop(request_id, None)
+    def close(self, job: Job) -> None:
+        self._mailboxes.pop(job, None)
         if not self._mailboxes:
             self._empty.set()
 
@@ -79,7 +83,7 @@ class Streams:
         self._loop.call_soon_threadsafe(self._deliver, publication)
 
     def _deliver(self, publication: Publication) -> None:
-        for request_id, event in publication:
-            mailbox = self._mailboxes.get(request_id)
+        for job, event in publication:
+            mailbox = self._mailboxes.get(job)
             if mailbox is not None:  # the client may have gone meanwhile
                 mailbox.put(event)

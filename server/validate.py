@@ -106,8 +106,8 @@ def progress_interval(output: pb.OutputConfig) -> float:
     """Seconds. Raises InvalidFieldError."""
     if not output.HasField("progress_interval"):
         return 0.25
-    seconds = output.progress_interval.ToTimedelta().total_seconds()
-    return _check_range("output.progress_interval", seconds, 0, 3600)
+    interval = output.progress_interval  # not ToTimedelta: it overflows
+    return _check_range("output.progress_interval", interval.seconds + interval.nanos / 1e9, 0, 3600)
 
 
 def _number(

@@ -15,15 +15,18 @@ from pagestream.model.text_stream import TextStream
 from pagestream.model.tokenizer import Tokenizer
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.engine import Engine
-from pagestream.server.events import Delta, Event, Failed, Finished, Publication
+from pagestream.server.events import Delta, Event, Failed, Finished
 from pagestream.server.inbox import QueueLimits
-from pagestream.server.job import Job
+from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import Metrics
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
 from tests.support.waiting import WAIT
 
 END = 256  # the token that ends an answer
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 class ByteTokenizer(Tokenizer):
@@ -39,7 +42,7 @@ class ByteTokenizer(Tokenizer):
             chat_template=None if template is None else ChatTemplate(template, {}),
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: ARG002 - it adds none
         return list(text.encode())
 
 
@@ -96,8 +99,8 @@ class Recorder:
 
     def publish(self, publication: Publication) -> None:
         with self._changed:
-            for request_id, event in publication:
-                self.events[request_id].append(event)
+            for job, event in publication:
+                self.events[job.request.request_id].append(event)
             self._changed.notify_all()
 
     def end_of(self, request_id: str) -> Finished | Failed:
