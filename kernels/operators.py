@@ -39,7 +39,7 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     """Write new keys and values `[T, Hkv, D]` into the caches `[P, Hkv, B, D]`, rounding to the caches' dtype.
 
     `slots` int64 `[T]`: page * B + offset, each at most once. Raises ValueError for a wrong dtype, device, layout or
-    shape; RuntimeError for a slot outside the cache (CPU).
+    shape, and for a slot outside the cache (the reference: IndexError).
     """
     _check_floats(("key", key), ("value", value))
     _check_floats(("key_cache", key_cache), ("value_cache", value_cache))
@@ -83,8 +83,8 @@ def paged_attention(
     float32 `[T, Hq, M]` receives the mass per entry of the block table, 0 where nothing is attended. Neither changes
     a bit of `out`.
 
-    Raises ValueError for a wrong dtype, device, layout, shape or value of `window`; RuntimeError (CPU kernel) or
-    IndexError (reference) for lengths and page ids that contradict the shapes.
+    Raises ValueError for a wrong dtype, device, layout, shape or value of `window`, and for lengths or page ids that
+    point outside the tensors (the reference: IndexError, and only where it meets one).
     """
     _check_floats(("query", query), ("out", out))
     _check_floats(("key_cache", key_cache), ("value_cache", value_cache))

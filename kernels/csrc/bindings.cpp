@@ -6,6 +6,8 @@
 
 #include <cstring>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "plan.h"
@@ -94,6 +96,7 @@ AttentionParams make_params(const Tensor& query, const Tensor& key_cache, const 
   p.value_page_stride = value_cache.stride(0);
   p.value_head_stride = value_cache.stride(1);
   p.block_table_stride = block_tables.stride(0);
+  p.num_tokens = static_cast<int32_t>(query.size(0));
   p.num_sequences = static_cast<int32_t>(context_lengths.size(0));
   p.num_heads = static_cast<int32_t>(query.size(1));
   p.num_kv_heads = static_cast<int32_t>(key_cache.size(1));
@@ -140,8 +143,9 @@ void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
                       static_cast<int32_t>(cache.size(3)),
                       static_cast<int32_t>(cache.size(2))};
   for (int64_t i = 0; i < tokens; ++i)
-    STD_TORCH_CHECK(p.slots[i] >= 0 && p.slots[i] < capacity, "store_kv: slot ", p.slots[i], " of token ", i,
-                    " is outside the cache of ", capacity, " slots");
+    if (p.slots[i] < 0 || p.slots[i] >= capacity)
+      throw std::invalid_argument("store_kv: slot " + std::to_string(p.slots[i]) + " of token " + std::to_string(i) +
+                                  " is outside the cache of " + std::to_string(capacity) + " slots");
   const StoreToken store = store_token_for(dtype_of(rows), dtype_of(cache));
   constexpr int64_t kTokensPerThread = 64;
   torch::stable::parallel_for(0, tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {

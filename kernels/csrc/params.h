@@ -28,7 +28,7 @@ struct AttentionParams {
   int64_t key_page_stride, key_head_stride;
   int64_t value_page_stride, value_head_stride;
   int64_t block_table_stride;
-  int32_t num_sequences, num_heads, num_kv_heads, head_size;
+  int32_t num_tokens, num_sequences, num_heads, num_kv_heads, head_size;  // T, S, Hq, Hkv, D
   int32_t num_pages, page_size, max_pages;  // P, B, M
   int32_t window;                           // 0: no window
   float scale;

@@ -33,9 +33,12 @@ inline int64_t cost_per_tile(const AttentionParams& p, const Segment& block) {
   return kTileCostInRows + num_rows(p, block);
 }
 
+// What only the contents of the tensors tell. std::invalid_argument reaches Python as ValueError.
 inline void check_sequence(const AttentionParams& p, int32_t s) {
   const int64_t query_length = int64_t{p.query_starts[s + 1]} - p.query_starts[s], context = p.context_lengths[s];
   const std::string where = "paged_attention: sequence " + std::to_string(s) + ": ";
+  if (p.query_starts[s] < 0 || p.query_starts[s + 1] > p.num_tokens)
+    throw std::invalid_argument(where + "query_starts point outside the " + std::to_string(p.num_tokens) + " rows");
   if (query_length < 0 || query_length > context || context > int64_t{p.max_pages} * p.page_size)
     throw std::invalid_argument(where + std::to_string(query_length) + " new rows of " + std::to_string(context) +
                                 " cached tokens in a block table of " + std::to_string(p.max_pages) + " pages");

@@ -1,0 +1,249 @@
+"""Random paged batches with poison wherever nothing may be read, a float64 oracle, a comparison that names the worst
+element, and every implementation of the operator behind one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pagestream.kernels import build, paged_attention, reference
+
+ISAS = ("avx512", "avx2", "baseline")
+STATS = ("lse", "entropy", "p_max", "sink", "recent")
+
+
+@dataclass
+class Batch:
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_tables: Tensor
+    query_starts: Tensor
+    context_lengths: Tensor
+    scale: float
+    window: int
+    keys: list[Tensor] = field(default_factory=list)  # per sequence [n, Hkv, D], as stored
+    values: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    out: Tensor  # float32 [T, Hq, D]
+    stats: Tensor | None  # [T, Hq, 5]
+    page_masses: Tensor | None  # [T, Hq, M]
+
+
+Attend = Callable[..., Result]
+
+
+def pack(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    page_size: int = 64,
+    scale: float | None = None,
+    window: int = 0,
+    seed: int = 0,
+    query_dtype: torch.dtype | None = None,
+) -> Batch:
+    """Store `keys[s]`, `values[s]` `[n, Hkv, D]` in random pages; `queries[s]` `[t, Hq, D]` are the last t rows. Slots
+    that belong to nobody hold NaN, unused entries of the block tables ids far outside the cache."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(k) for k in keys]
+    counts = [-(-n // page_size) for n in lengths]
+    dtype, (_, kv_heads, head_size) = keys[0].dtype, keys[0].shape
+    num_pages = sum(counts) + 3
+    # Keys and values of a page lie side by side, so page strides are not what the shapes suggest.
+    storage = torch.full((num_pages, 2, kv_heads, page_size, head_size), float("nan"), dtype=dtype)
+    key_cache, value_cache = storage[:, 0], storage[:, 1]
+    tables = torch.where(torch.arange(max(counts) + 2) % 2 == 0, 2**31 - 1, -(2**31)).repeat(len(keys), 1).int()
+    free = torch.randperm(num_pages, generator=generator).tolist()
+    for s, count in enumerate(counts):
+        for i in range(count):
+            page, rows = free.pop(), slice(i * page_size, min((i + 1) * page_size, lengths[s]))
+            tables[s, i] = page
+            key_cache[page, :, : rows.stop - rows.start] = keys[s][rows].transpose(0, 1)
+            value_cache[page, :, : rows.stop - rows.start] = values[s][rows].transpose(0, 1)
+    query = torch.cat(list(queries)).to(query_dtype or dtype)
+    fused = torch.full((len(query), query.shape[1] + 2, head_size), float("nan"), dtype=query.dtype)
+    fused[:, :-2] = query  # a slice of fused projections: rows are not adjacent
+    starts = np.cumsum([0, *(len(q) for q in queries)])
+    return Batch(
+        fused[:, :-2],
+        key_cache,
+        value_cache,
+        tables,
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(lengths, dtype=torch.int32),
+        head_size**-0.5 if scale is None else scale,
+        window,
+        list(keys),
+        list(values),
+    )
+
+
+def random_batch(
+    rows: Sequence[tuple[int, int]],
+    *,
+    heads: tuple[int, int] = (6, 2),
+    head_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    **options: float,
+) -> Batch:
+    """`rows`: (new rows, cached tokens with them) per sequence; `heads`: query and KV heads."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    queries = [2 * normal(t, heads[0], head_size) for t, _ in rows]  # 2: weights far from uniform
+    keys, values = ([normal(n, heads[1], head_size) for _, n in rows] for _ in range(2))
+    return pack(queries, keys, values, seed=seed, query_dtype=query_dtype, **options)  # type: ignore[arg-type]
+
+
+def run(batch: Batch, operator: Callable[..., None], device: str, *, stats: bool, page_masses: bool) -> Result:
+    tensors = [
+        t.to(device)
+        for t in (
+            batch.query,
+            batch.key_cache,
+            batch.value_cache,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lengths,
+        )
+    ]
+    shape, pages = batch.query.shape, batch.block_tables.shape[1]
+    out = torch.full_like(tensors[0].contiguous(), float("nan"))
+    got_stats = torch.full((*shape[:2], 5), float("nan"), device=device) if stats else None
+    masses = torch.full((*shape[:2], pages), float("nan"), device=device) if page_masses else None
+    operator(*tensors, scale=batch.scale, window=batch.window, out=out, stats=got_stats, page_masses=masses)
+    return Result(
+        out.cpu().float(),
+        None if got_stats is None else got_stats.cpu(),
+        None if masses is None else masses.cpu(),
+    )
+
+
+@pytest.fixture(params=["reference", *ISAS, pytest.param("cuda", marks=pytest.mark.gpu)])
+def attend(request: pytest.FixtureRequest) -> Iterator[Attend]:
+    """`attend(batch, stats=True, page_masses=True)` by each implementation that this machine can run."""
+    name = request.param
+    operator: Callable[..., None] = reference.paged_attention if name == "reference" else paged_attention
+
+    def call(batch: Batch, *, stats: bool = True, page_masses: bool = True) -> Result:
+        return run(batch, operator, "cuda" if name == "cuda" else "cpu", stats=stats, page_masses=page_masses)
+
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if name not in ISAS:
+        yield call
+        return
+    with forced_or_skip(name):
+        yield call
+
+
+@pytest.fixture(params=ISAS)
+def cpp_attend(request: pytest.FixtureRequest) -> Iterator[Attend]:
+    """`attend` for the properties that only the C++ kernels promise."""
+    with forced_or_skip(request.param):
+        yield lambda batch, *, stats=True, page_masses=True: run(
+            batch, paged_attention, "cpu", stats=stats, page_masses=page_masses
+        )
+
+
+class forced_or_skip:  # noqa: N801  # used as a context manager
+    def __init__(self, isa: str) -> None:
+        self._context = build.forced_isa(isa)
+
+    def __enter__(self) -> None:
+        try:
+            self._context.__enter__()
+        except ValueError as error:
+            pytest.skip(str(error))
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(None, None, None)
+
+
+def oracle(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Float64 from the definitions, with whole score matrices: out, stats, page masses, and sum of p_j |v_j| (what the
+    rounding of bf16 values scales with)."""
+    tokens, heads, head_size = batch.query.shape
+    max_pages, page_size = batch.block_tables.shape[1], batch.key_cache.shape[2]
+    out, spread = np.zeros((2, tokens, heads, head_size))
+    stats, masses = np.zeros((tokens, heads, 5)), np.zeros((tokens, heads, max_pages))
+    starts = batch.query_starts.tolist()
+    for s, (keys, values) in enumerate(zip(batch.keys, batch.values, strict=True)):
+        rows, key = slice(starts[s], starts[s + 1]), np.arange(len(keys))
+        position = len(keys) - starts[s + 1] + np.arange(rows.start, rows.stop)[:, None]
+        seen = (key <= position) & (key > position - (batch.window or len(keys)))
+        for h in range(heads):
+            k, v = (x[:, h * keys.shape[1] // heads].double().numpy() for x in (keys, values))
+            scores = np.where(seen, batch.scale * batch.query[rows, h].double().numpy() @ k.T, -np.inf)
+            top = scores.max(-1, keepdims=True)
+            lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
+            p = np.exp(scores - lse)
+            entropy = -(p * np.where(seen, scores - lse, 0)).sum(-1)
+            sums = (p[:, :4].sum(-1), (p * (key > position - 64)).sum(-1))
+            out[rows, h], spread[rows, h] = p @ v, p @ np.abs(v)
+            stats[rows, h] = np.stack([lse[:, 0], entropy, p.max(-1), *sums], -1)
+            np.add.at(masses[rows, h].T, key // page_size, p.T)
+    return out, stats, masses, spread
+
+
+def compare(name: str, actual: object, expected: object, tolerance: object) -> None:
+    """Fail naming the worst element; a NaN or infinity that is not in the same place on both sides is an error."""
+    a, e = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    assert a.shape == e.shape, f"{name}: shape {a.shape}, expected {e.shape}"
+    misplaced = (np.isnan(a) != np.isnan(e)) | ((np.isinf(a) | np.isinf(e)) & (a != e))
+    misplaced &= ~(np.isnan(a) & np.isnan(e))
+    if misplaced.any():
+        at = tuple(int(i) for i in np.argwhere(misplaced)[0])
+        raise AssertionError(f"{name}{list(at)}: {a[at]}, expected {e[at]} ({misplaced.sum()} misplaced NaN or inf)")
+    finite = np.isfinite(e)
+    with np.errstate(invalid="ignore"):  # inf - inf, where nothing is compared
+        excess = np.where(finite, np.abs(a - e) - tolerance, -np.inf)  # type: ignore[operator]
+    if excess.size and excess.max() > 0:
+        at = tuple(int(i) for i in np.unravel_index(excess.argmax(), excess.shape))
+        allowed = np.broadcast_to(np.asarray(tolerance), e.shape)[at]
+        raise AssertionError(
+            f"{name}{list(at)}: {a[at]}, expected {e[at]} within {allowed:.3g} ({(excess > 0).sum()} bad)"
+        )
+
+
+def check_against_oracle(batch: Batch, result: Result) -> None:
+    out, stats, masses, spread = oracle(batch)
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[batch.query.dtype]
+    largest_value = max(float(v.float().abs().max()) for v in batch.values)
+    compare("out", result.out, out, 5e-6 * largest_value + rounding * (np.abs(out) + spread))
+    largest_score = float(np.abs(stats[..., 0]).max(initial=0))
+    assert result.stats is not None
+    assert result.page_masses is not None
+    for i, statistic in enumerate(STATS):
+        compare(statistic, result.stats[..., i], stats[..., i], 2e-6 * max(5.0, largest_score))
+    compare("page_masses", result.page_masses, masses, 2e-6 * max(5.0, largest_score))
+
+
+@pytest.fixture
+def helpers() -> type[Helpers]:
+    return Helpers
+
+
+class Helpers:
+    """What the tests call by name (a conftest is not importable under importlib mode)."""
+
+    pack = staticmethod(pack)
+    random_batch = staticmethod(random_batch)
+    check_against_oracle = staticmethod(check_against_oracle)
+    compare = staticmethod(compare)
+    isas = ISAS

@@ -1,0 +1,95 @@
+"""Building, choosing and falling back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pagestream.kernels import build
+
+PROGRAM = """
+import warnings, torch
+from pagestream.kernels import build, paged_attention
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        query = out = torch.ones(1, 2, 16)
+        cache = torch.ones(1, 1, 16, 16)
+        tables, starts = torch.zeros(1, 1, dtype=torch.int32), torch.arange(2, dtype=torch.int32)
+        paged_attention(query, cache, cache, tables, starts, starts[1:], scale=1.0, out=out)
+status, messages = build.load(), [str(warning.message) for warning in caught]
+print(status.implementation, status.isa, len(messages), *messages, out.unique().tolist())
+"""
+
+
+def run_program(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=variables, capture_output=True, text=True, check=False)
+
+
+def test_without_a_compiler_the_reference_serves_after_one_warning(tmp_path):
+    done = run_program(tmp_path, CXX="no-such-compiler")
+    assert done.stdout.startswith("reference none 1 "), done.stderr
+    assert "slow reference attention" in done.stdout
+    assert "install g++" in done.stdout
+    assert done.stdout.rstrip().endswith("[1.0]")
+
+
+def test_a_failing_compiler_is_quoted(tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'out of cheese' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = run_program(tmp_path, CXX=str(compiler))
+    assert done.stdout.startswith("reference none 1 "), done.stderr
+    assert "out of cheese" in done.stdout
+    assert list((tmp_path / "pagestream" / "kernels").iterdir()) == []
+
+
+def test_the_environment_chooses_the_instruction_set(tmp_path):
+    assert run_program(tmp_path, PAGESTREAM_CPU_ISA="reference").stdout.startswith("reference none 0 ")
+    refused = run_program(tmp_path, PAGESTREAM_CPU_ISA="mmx")
+    assert "PAGESTREAM_CPU_ISA is 'mmx'; it must be one of" in refused.stderr
+
+
+@pytest.fixture
+def library() -> Path:
+    status = build.load()
+    if status.implementation != "cpp":
+        pytest.skip(status.detail)
+    return Path(status.detail)
+
+
+def test_a_second_build_finds_the_first(library, capsys):
+    assert build.build() == library
+    assert capsys.readouterr().err == ""
+
+
+def symbols_of(path: Path, *options: str) -> list[tuple[str, str]]:
+    """(type, name) as `nm` prints them."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("needs nm (binutils)")
+    listing = subprocess.run([nm, *options, path], capture_output=True, text=True, check=True).stdout
+    return [(line.split()[-2], line.split()[-1]) for line in listing.splitlines()]
+
+
+def test_objects_for_different_instruction_sets_share_no_symbol(library):
+    """A weak symbol built with AVX-512 could be the one the linker keeps for everybody."""
+    kernels = [path for path in library.parent.glob("*.o") if path.stem != "bindings"]
+    assert kernels
+    for path in kernels:
+        exported = [name for kind, name in symbols_of(path, "--defined-only") if not kind.islower()]
+        weak = [name for kind, name in symbols_of(path) if kind in "vVwW"]
+        assert exported == [f"pagestream_{path.stem}"]
+        assert weak == []
+
+
+def test_library_needs_only_the_stable_interface_of_torch(library):
+    needed = [name for _, name in symbols_of(library, "-D", "--undefined-only")]
+    assert [name for name in needed if name.startswith(("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch"))] == []
+    assert any(name.startswith("aoti_torch_") for name in needed)

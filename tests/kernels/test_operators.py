@@ -1,0 +1,139 @@
+"""The operators as torch sees them, `store_kv`, and what is refused at the boundary."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pagestream.kernels import build, paged_attention, reference, store_kv
+
+
+def arguments(batch, *, stats=True):
+    t, heads, _ = batch.query.shape
+    pages = batch.block_tables.shape[1]
+    optional = (torch.empty(t, heads, 5), torch.empty(t, heads, pages)) if stats else (None, None)
+    tables = (batch.block_tables, batch.query_starts, batch.context_lengths)
+    out = torch.zeros_like(batch.query)
+    return (batch.query, batch.key_cache, batch.value_cache, *tables, batch.scale, batch.window, out, *optional)
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_opcheck_paged_attention(helpers, stats):
+    build.load()
+    batch = helpers.random_batch([(1, 20), (5, 40)], page_size=16)
+    for cache in (batch.key_cache, batch.value_cache):
+        cache.nan_to_num_()  # opcheck compares what it must not change, and NaN equals nothing
+    torch.library.opcheck(torch.ops.pagestream.paged_attention.default, arguments(batch, stats=stats))
+
+
+def test_opcheck_store_kv():
+    build.load()
+    cache = torch.zeros(4, 2, 16, 8)
+    rows = torch.randn(3, 2, 8)
+    torch.library.opcheck(
+        torch.ops.pagestream.store_kv.default, (rows, -rows, cache, -cache, torch.tensor([3, 17, 40]))
+    )
+
+
+def test_fake_tensors_pass_without_data():
+    with FakeTensorMode():
+        query, cache = torch.empty(5, 4, 64), torch.empty(8, 2, 16, 64)
+        tables, starts = torch.empty(2, 3, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
+        store_kv(query[:, :2], query[:, 2:], cache, cache.clone(), torch.empty(5, dtype=torch.int64))
+        paged_attention(query, cache, cache, tables, starts, starts[1:], scale=1.0, out=torch.empty_like(query))
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("operator", [store_kv, reference.store_kv], ids=["operator", "reference"])
+@pytest.mark.parametrize("from_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("to_dtype", DTYPES, ids=str)
+def test_store_kv_writes_its_slots_and_nothing_else(operator, from_dtype, to_dtype):
+    storage = torch.randn(6, 2, 3, 16, 24).to(to_dtype)
+    expected = storage.clone()
+    fused = torch.randn(20, 8, 24).to(from_dtype)
+    key, value = fused[:, 1:4], fused[:, 4:7]
+    slots = torch.randperm(96)[:20]
+    for row, slot in enumerate(slots.tolist()):
+        expected[slot // 16, 0, :, slot % 16] = key[row].to(to_dtype)
+        expected[slot // 16, 1, :, slot % 16] = value[row].to(to_dtype)
+    operator(key, value, storage[:, 0], storage[:, 1], slots)
+    assert torch.equal(storage, expected)
+
+
+@pytest.mark.parametrize("narrow", DTYPES[1:], ids=str)
+def test_conversions_equal_torch_for_every_pattern(narrow):
+    """All 65,536 bit patterns widened, and their neighbours, ties and overflows narrowed."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(narrow).view(64, 1, 1024)
+    wide = patterns.float()
+    step = torch.nextafter(wide, torch.full_like(wide, float("inf"))) - wide
+    rows = torch.cat([wide, wide + step, wide - step, wide * (1 + 2.0**-9), wide * (1 + 2.0**-12), wide * 1e3])
+
+    def stored(source, dtype):
+        cache = torch.zeros(2, -(-len(source) // 16), 1, 16, 1024, dtype=dtype)
+        store_kv(source, source, cache[0], cache[1], torch.arange(len(source)))
+        return cache[0].reshape(-1, 1, 1024)[: len(source)]
+
+    assert torch.equal(stored(patterns, torch.float32).nan_to_num(7.0), wide.nan_to_num(7.0))
+    got, expected = stored(rows, narrow), rows.to(narrow)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def replace(arguments, **changes):
+    names = inspect.signature(paged_attention).parameters
+    return {**dict(zip(names, arguments, strict=True)), **changes}
+
+
+WRONG = {
+    "dtype of query": ({"query": torch.zeros(3, 4, 16).double()}, "query and out must share one dtype"),
+    "dtypes of caches": ({"value_cache": torch.zeros(5, 2, 16, 16).half()}, "key_cache and value_cache must share"),
+    "tables are int64": ({"block_tables": torch.zeros(2, 4, dtype=torch.int64)}, "block_tables must be torch.int32"),
+    "device": ({"query_starts": torch.zeros(3, dtype=torch.int32, device="meta")}, "query_starts is on meta"),
+    "layout of query": ({"query": torch.zeros(3, 16, 4).transpose(1, 2)}, "the last 1 dimensions of query"),
+    "layout of cache": ({"key_cache": torch.zeros(5, 16, 2, 16).transpose(1, 2)}, "the last 2 dimensions of key_cache"),
+    "dimensions": ({"query_starts": torch.zeros(1, 3, dtype=torch.int32)}, "query_starts must have 1 dimensions"),
+    "page size": ({k: torch.zeros(5, 2, 24, 16) for k in ("key_cache", "value_cache")}, "page size must be one of"),
+    "head size": ({k: torch.zeros(5, 2, 16, 12) for k in ("key_cache", "value_cache")}, "multiple of 8"),
+    "KV heads": ({k: torch.zeros(5, 3, 16, 16) for k in ("key_cache", "value_cache")}, "multiple of 3 KV heads"),
+    "sequences": ({"query_starts": torch.zeros(2, dtype=torch.int32)}, "context_lengths has 2 sequences"),
+    "out": ({"out": torch.zeros(4, 4, 16)}, "out must have shape"),
+    "stats": ({"stats": torch.zeros(3, 4, 4)}, "stats must have shape"),
+    "page masses": ({"page_masses": torch.zeros(3, 4, 9)}, "page_masses must have shape"),
+    "window": ({"window": -1}, "0 means no window"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused_by_name(helpers, name):
+    changes, message = WRONG[name]
+    batch = helpers.random_batch([(1, 20), (2, 30)], heads=(4, 2), head_size=16, page_size=16)
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**replace(arguments(batch), **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.block_tables[1].fill_(99), "sequence 1: page id 99 at entry 0"),
+        (lambda b: b.block_tables[0, 1].fill_(-1), "sequence 0: page id -1 at entry 1"),
+        (lambda b: b.context_lengths[0].fill_(1000), "sequence 0: 1 new rows of 1000 cached tokens"),
+        (lambda b: b.context_lengths[1].fill_(1), "sequence 1: 2 new rows of 1 cached"),
+        (lambda b: b.query_starts[2].fill_(4), "sequence 1: query_starts point outside the 3 rows"),
+    ],
+)
+def test_contents_that_point_outside_raise_instead_of_crashing(cpp_attend, helpers, change, message):
+    batch = helpers.random_batch([(1, 20), (2, 30)], heads=(4, 2), head_size=16, page_size=16)
+    change(batch)
+    with pytest.raises(ValueError, match=message):
+        cpp_attend(batch)
+
+
+def test_a_slot_outside_the_cache_raises():
+    rows, cache = torch.zeros(2, 1, 8), torch.zeros(2, 1, 16, 8)
+    with pytest.raises(ValueError if build.load().implementation == "cpp" else IndexError, match="2"):
+        store_kv(rows, rows, cache, cache.clone(), torch.tensor([0, 32]))
