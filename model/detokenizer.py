@@ -34,10 +34,11 @@ class IncrementalDetokenizer:
     pad their embedding) contribute nothing. Tokens that are skipped do not end a character: bytes around them join.
     """
 
-    def __init__(self, text: TokenText, *, keep_special_tokens: bool = False) -> None:
+    def __init__(self, text: TokenText, *, keep_special_tokens: bool = False, continues_text: bool = False) -> None:
+        """`continues_text`: other text stands before, so no token here is the first of a text."""
         self._text = text
         self._skipped = frozenset() if keep_special_tokens else text.special
-        self._first = True
+        self._first = not continues_text
         errors = "surrogateescape" if text.replace_each_byte else "replace"
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
 

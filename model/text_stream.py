@@ -35,9 +35,14 @@ class TextStream:
         *,
         keep_special_tokens: bool = False,
         min_tokens: int = 0,
+        continues_text: bool = False,
     ) -> None:
-        """Raises ValueError for an empty stop string."""
-        self._detokenizer = IncrementalDetokenizer(tokenizer.text, keep_special_tokens=keep_special_tokens)
+        """`continues_text`: the answer goes on where a text stopped, so a space before its first word is part of it;
+        otherwise it is a text of its own. Raises ValueError for an empty stop string.
+        """
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer.text, keep_special_tokens=keep_special_tokens, continues_text=continues_text
+        )
         self._matchers = [_Matcher(stop) for stop in stop_strings]
         self._exempt_tokens = max(min_tokens - 1, 0)
         self._withheld = ""

@@ -67,6 +67,7 @@ async def prepare(
             stop_strings=stop.stop_strings,
             keep_special_tokens=message.output.special_tokens,
             min_tokens=sampling.min_tokens,
+            continues_text=message.WhichOneof("prompt") != "chat",
         ),
         received=received,
         deadline=deadline,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
+from pagestream.model.detokenizer import IncrementalDetokenizer
 from pagestream.model.errors import UnsupportedModelError
 from pagestream.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -105,3 +106,21 @@ def test_a_model_with_spaces_behind_words_is_refused(tmp_path: Path, sentencepie
     model = sentencepiece_model(model_type="bpe", treat_whitespace_as_suffix=True)
     with pytest.raises(UnsupportedModelError, match="treat_whitespace_as_suffix is not supported"):
         load_tokenizer(save_sentencepiece(tmp_path, model))
+
+
+@settings(deadline=None)
+@given(
+    text=st.lists(st.sampled_from(["Hello", "the quick", "naïve", "fox,", "3.14"]), min_size=2).map(" ".join),
+    data=st.data(),
+)
+def test_an_answer_that_continues_a_prompt_keeps_its_space(
+    spm_pair: tuple[Tokenizer, SentencePieceProcessor], text: str, data: st.DataObject
+) -> None:
+    """Cut anywhere, the prompt's text and the answer's are together the text of all tokens."""
+    ours, oracle = spm_pair
+    ids = oracle.encode(text)
+    cut = data.draw(st.integers(1, len(ids)))
+    prompt = IncrementalDetokenizer(ours.text)
+    answer = IncrementalDetokenizer(ours.text, continues_text=True)
+    pieces = [*map(prompt.push, ids[:cut]), *map(answer.push, ids[cut:])]
+    assert "".join(pieces) == oracle.decode(ids)
