@@ -31,7 +31,7 @@ def server(metrics: Metrics) -> Iterator[HttpServer]:
 def get(server: HttpServer, path: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
     request = Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
     try:
-        with urlopen(request, timeout=10) as response:  # noqa: S310 - loopback
+        with urlopen(request, timeout=5) as response:  # noqa: S310 - loopback
             return response.status, response.read(), dict(response.headers)
     except HTTPError as error:
         with error:
