@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagestream.model.batch import build_batch
@@ -29,6 +29,7 @@ def plans(draw: st.DrawFn) -> tuple[StepPlan, int]:
 
 
 @given(plans().filter(lambda drawn: drawn[0].chunks))
+@settings(deadline=None)
 def test_rows_are_the_chunks_end_to_end(drawn: tuple[StepPlan, int]) -> None:
     plan, page_size = drawn
     batch = build_batch(plan, page_size, CPU)

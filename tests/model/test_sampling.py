@@ -83,6 +83,7 @@ def test_equal_logits_stay_or_go_together() -> None:
 
 
 @given(st.data(), st.floats(0.1, 10))
+@settings(deadline=None)
 def test_repetition_penalty_is_that_of_transformers(data: st.DataObject, penalty: float) -> None:
     tokens = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=12))
     logits = random_logits(1, 10, data.draw(st.integers(0, 99)))
@@ -93,6 +94,7 @@ def test_repetition_penalty_is_that_of_transformers(data: st.DataObject, penalty
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_bias_then_penalties_then_suppression(data: st.DataObject) -> None:
     """Against a loop over the vocabulary; the best token is compared by its score, so ties are no failure."""
     vocabulary = 8
@@ -217,6 +219,7 @@ def test_seed_and_position_each_change_the_draw() -> None:
 
 
 @given(st.floats(min_value=2**-149, max_value=100, width=32), st.integers(0, 50))
+@settings(deadline=None)
 def test_any_temperature_gives_a_possible_token(temperature: float, seed: int) -> None:
     logits = random_logits(1, 50, seed, spread=30)
     (token,) = choose(logits, chunk(SamplingParams(temperature=temperature, seed=seed)))
@@ -231,6 +234,7 @@ def test_top_k_1_is_greedy_even_between_equal_logits() -> None:
 
 
 @given(st.lists(st.none() | st.integers(0, 12), min_size=1, max_size=4), st.integers(0, 99))
+@settings(deadline=None)
 def test_logprobs_are_of_the_models_own_distribution(asked: list[int | None], seed: int) -> None:
     """Whatever the sampling settings; more are asked for than there are tokens in one case."""
     logits = random_logits(len(asked), 10, seed)
