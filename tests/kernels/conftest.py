@@ -246,4 +246,5 @@ class Helpers:
     random_batch = staticmethod(random_batch)
     check_against_oracle = staticmethod(check_against_oracle)
     compare = staticmethod(compare)
+    Result = Result
     isas = ISAS
