@@ -10,6 +10,8 @@ from torch import Tensor
 from pagestream.kernels import reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.bfloat16, torch.float16)
+_GPU_HEAD_SIZES = (64, 80, 96, 128)
 _PAGE_SIZES = (16, 32, 64, 128)
 _NUM_STATS = 5
 
@@ -17,8 +19,14 @@ torch.library.define(
     "pagestream::paged_attention",
     "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
     "Tensor context_lengths, float scale, int window, Tensor(a!) out, Tensor(b!)? stats, "
-    "Tensor(c!)? page_masses) -> ()",
+    "Tensor(c!)? page_masses, Tensor(d!)? workspace=None) -> ()",
 )
+torch.library.define(
+    "pagestream::plan_attention",
+    "(Tensor query_starts, Tensor context_lengths, int num_heads, int num_kv_heads, int head_size, int window, "
+    "Tensor(a!) workspace) -> ()",
+)
+torch.library.define("pagestream::attention_workspace_size", "(Tensor query) -> int")
 torch.library.define(
     "pagestream::store_kv",
     "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
@@ -31,8 +39,16 @@ def _nothing_to_shape(*_args: object) -> None:
     """Fake implementation: everything is written in place."""
 
 
+def _no_workspace(_query: Tensor) -> int:
+    return 0
+
+
 torch.library.register_fake("pagestream::paged_attention", _nothing_to_shape)
 torch.library.register_fake("pagestream::store_kv", _nothing_to_shape)
+torch.library.register_fake("pagestream::plan_attention", _nothing_to_shape)
+# Only CUDA plans: elsewhere a workspace has no elements.
+torch.library.impl("pagestream::plan_attention", "CompositeExplicitAutograd", _nothing_to_shape)
+torch.library.impl("pagestream::attention_workspace_size", "CompositeExplicitAutograd", _no_workspace)
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -51,7 +67,7 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     _check_cache_shapes(key_cache, value_cache)
     expected = (slots.shape[0], key_cache.shape[1], key_cache.shape[3])
     _check_shape(("key", key, expected), ("value", value, expected))
-    _load_cpu_kernels(key_cache)
+    _load_kernels(key_cache)
     torch.ops.pagestream.store_kv.default(key, value, key_cache, value_cache, slots)
 
 
@@ -68,6 +84,7 @@ def paged_attention(
     out: Tensor,
     stats: Tensor | None = None,
     page_masses: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """Causal attention of new rows over paged keys and values, for a batch of sequences with any mix of new rows.
 
@@ -82,6 +99,9 @@ def paged_attention(
     the weights (nats), the largest weight, the mass on positions 0 to 3, the mass on the last 64. `page_masses`
     float32 `[T, Hq, M]` receives the mass per entry of the block table, 0 where nothing is attended. Neither changes
     a bit of `out`.
+
+    `workspace`: planned by `plan_attention` for these lengths, heads and window, which saves a GPU planning anew in each
+    layer, and allocating. Without one the call sees to it itself.
 
     Raises ValueError for a wrong dtype, device, layout, shape or value of `window`, and for lengths or page ids that
     point outside the tensors (the reference: IndexError, and only where it meets one).
@@ -102,10 +122,14 @@ def paged_attention(
     _check_attention_shapes(query, key_cache, block_tables, query_starts, context_lengths)
     expected = {"stats": (*query.shape[:2], _NUM_STATS), "page_masses": (*query.shape[:2], block_tables.shape[1])}
     _check_shape(("out", out, query.shape), *((name, tensor, expected[name]) for name, tensor in statistics))
-    if window < 0:
-        raise ValueError(f"window is {window}: 0 means no window")
-    _load_cpu_kernels(query)
-    torch.ops.pagestream.paged_attention.default(
+    _check_window(window)
+    if workspace is not None:
+        _check_workspace(query, workspace)
+    _load_kernels(query)
+    operator = torch.ops.pagestream.paged_attention.default
+    if query.is_cuda and not _gpu_kernel_takes(query, key_cache):
+        operator = reference.paged_attention
+    operator(
         query,
         key_cache,
         value_cache,
@@ -117,11 +141,54 @@ def paged_attention(
         out,
         stats,
         page_masses,
+        workspace,
     )
 
 
-def _load_cpu_kernels(tensor: Tensor) -> None:
-    if tensor.device.type == "cpu":
+def attention_workspace(query: Tensor) -> Tensor:
+    """What `paged_attention` needs besides its arguments for any batch on this device whose queries have the head size of
+    `query` `[T, Hq, D]`: float32, to be made once and planned in each step. Without elements where none is needed."""
+    _load_kernels(query)
+    size = torch.ops.pagestream.attention_workspace_size.default(query)
+    return torch.empty(size, dtype=torch.float32, device=query.device)
+
+
+def plan_attention(
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    window: int = 0,
+    workspace: Tensor,
+) -> None:
+    """Cut the attention of a step into equal parts, on the device: once for all layers that share these arguments.
+
+    `query_starts` int32 `[S + 1]` and `context_lengths` int32 `[S]` as in `paged_attention`; `workspace` from
+    `attention_workspace`. Reads nothing back, so a CUDA graph can capture it. Raises ValueError for a wrong dtype, device,
+    layout, shape or value of `window`.
+    """
+    lengths = (("query_starts", query_starts), ("context_lengths", context_lengths))
+    _check_dtype(torch.int32, *lengths)
+    _check_device(workspace, *lengths)
+    _check_dense(*lengths, dims=1, dense=1)
+    _check_shape(("query_starts", query_starts, (context_lengths.shape[0] + 1,)))
+    _check_window(window)
+    _check_workspace(query_starts, workspace)
+    _load_kernels(workspace)
+    torch.ops.pagestream.plan_attention.default(
+        query_starts, context_lengths, num_heads, num_kv_heads, head_size, window, workspace
+    )
+
+
+def _gpu_kernel_takes(query: Tensor, key_cache: Tensor) -> bool:
+    """What it does not take, the reference serves: float32 and unusual head sizes."""
+    return query.dtype in _GPU_DTYPES and key_cache.dtype == query.dtype and query.shape[2] in _GPU_HEAD_SIZES
+
+
+def _load_kernels(tensor: Tensor) -> None:
+    if tensor.device.type in {"cpu", "cuda"}:
         from pagestream.kernels import build  # noqa: PLC0415  # here, so that `python -m pagestream.kernels.build` runs it once
 
         build.load()
@@ -168,6 +235,17 @@ def _check_shape(*tensors: tuple[str, Tensor, tuple[int, ...]]) -> None:
     for name, tensor, expected in tensors:
         if tensor.shape != expected:
             raise ValueError(f"{name} must have shape {tuple(expected)}; it has {tuple(tensor.shape)}")
+
+
+def _check_window(window: int) -> None:
+    if window < 0:
+        raise ValueError(f"window is {window}: 0 means no window")
+
+
+def _check_workspace(neighbour: Tensor, workspace: Tensor) -> None:
+    _check_dtype(torch.float32, ("workspace", workspace))
+    _check_device(neighbour, ("workspace", workspace))
+    _check_dense(("workspace", workspace), dims=1, dense=1)
 
 
 def _check_cache_shapes(key_cache: Tensor, value_cache: Tensor) -> None:

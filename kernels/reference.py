@@ -32,6 +32,7 @@ def paged_attention(
     out: Tensor,
     stats: Tensor | None,
     page_masses: Tensor | None,
+    workspace: Tensor | None = None,  # noqa: ARG001  # kernels that split the keys need one
 ) -> None:
     starts, lengths = query_starts.tolist(), context_lengths.tolist()
     num_heads, page_size = query.shape[1], key_cache.shape[2]

@@ -94,8 +94,8 @@ class AttentionBlock {
     block_barrier();
     while (!walk_.done()) {
       const Segment& segment = walk_.now();
-      const Sequence sequence(p_, segment.sequence);
-      attend(segment, sequence);
+      attend(segment);
+      const Sequence sequence(p_, segment.sequence);  // not before: it would keep registers through the loop
       if (segment.is_whole()) {
         merge_warps(segment, sequence, [&](int row, const Merged& merged) { merged.write(p_, row_at(segment, sequence, row)); });
       } else {
@@ -111,7 +111,8 @@ class AttentionBlock {
 
  private:
   // Leaves one part per warp in shared memory.
-  DEVICE void attend(const Segment& segment, const Sequence& sequence) {
+  DEVICE void attend(const Segment& segment) {
+    const Sequence sequence(p_, segment.sequence);
     const bool wide = sequence.is_wide();
     const int first_row = segment.row_block * kWideRows + (wide ? warp_ * kWarpRows : 0);
     const KeyRange visible = keys_of_block(sequence, segment.row_block, p_.window);

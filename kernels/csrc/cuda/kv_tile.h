@@ -30,9 +30,7 @@ class KvRing {
   DEVICE KvRing(const GpuParams& p, T* shared, const Segment& segment, const KeyRange& visible)
       : p_(p),
         shared_(shared),
-        table_(p.block_tables + segment.sequence * p.block_table_stride),
-        keys_(static_cast<const T*>(p.key_cache) + segment.kv_head * p.key_head_stride),
-        values_(static_cast<const T*>(p.value_cache) + segment.kv_head * p.value_head_stride),
+        segment_(segment),
         visible_(visible),
         lane_(thread_index() % kWarpSize),
         warp_(thread_index() / kWarpSize) {}
@@ -40,7 +38,8 @@ class KvRing {
   // The page that holds this warp's slice of a tile; not read where no row looks.
   DEVICE int32_t page_of(int tile) const {
     const int key = tile * kTileKeys + warp_ * kSliceKeys;
-    return visible_.touches(key, kSliceKeys) ? table_[key >> p_.page_shift] : 0;
+    if (!visible_.touches(key, kSliceKeys)) return 0;
+    return p_.block_tables[segment_.sequence * p_.block_table_stride + (key >> p_.page_shift)];
   }
 
   // Keys outside the visible range become zeros: their slots may hold anything, and 0 * NaN is NaN.
@@ -48,8 +47,10 @@ class KvRing {
     const int key = tile * kTileKeys + warp_ * kSliceKeys;
     if (!visible_.touches(key, kSliceKeys)) return;
     const int64_t offset = (key & (p_.page_size - 1)) * int64_t{kHeadSize};
-    const T* keys = keys_ + page * p_.key_page_stride + offset;
-    const T* values = values_ + page * p_.value_page_stride + offset;
+    const T* keys = static_cast<const T*>(p_.key_cache) + segment_.kv_head * p_.key_head_stride +
+                    page * p_.key_page_stride + offset;
+    const T* values = static_cast<const T*>(p_.value_cache) + segment_.kv_head * p_.value_head_stride +
+                      page * p_.value_page_stride + offset;
     T* slice = shared_ + stage * Shape::kStageElements + warp_ * Shape::kSliceElements;
 #pragma unroll
     for (int i = 0; i < kSliceKeys * Shape::kRowChunks / kWarpSize; ++i) {
@@ -81,8 +82,7 @@ class KvRing {
 
   const GpuParams& p_;
   T* shared_;
-  const int32_t* table_;
-  const T *keys_, *values_;
+  const Segment& segment_;  // in shared memory: pointers made of it anew for every tile cost less than registers
   KeyRange visible_;
   int lane_, warp_;
 };

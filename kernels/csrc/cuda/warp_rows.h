@@ -13,17 +13,15 @@ class WarpRows {
   // Rows [first, first + 16) of the sequence, as far as they exist: the others compute with zeros and are not stored.
   DEVICE WarpRows(const GpuParams& p, const Sequence& sequence, int kv_head, int first)
       : p_(p),
-        quad_row_(thread_index() % kWarpSize / 4),
-        quad_lane_(thread_index() % 4),
         rows_(smaller(kWarpRows, sequence.num_rows() - first)),
         visible_(sequence, first, first + larger(rows_, 1) - 1, p.window),
-        position_{sequence.position(first + quad_row_), sequence.position(first + quad_row_ + 8)},
-        index_{row_index(p, sequence, kv_head, first + quad_row_), row_index(p, sequence, kv_head, first + quad_row_ + 8)},
+        position_{sequence.position(first + quad_row()), sequence.position(first + quad_row() + 8)},
+        index_{row_index(p, sequence, kv_head, first + quad_row()), row_index(p, sequence, kv_head, first + quad_row() + 8)},
         common_begin_(p.window > 0 ? sequence.position(first + larger(rows_, 1) - 1) - p.window + 1 : 0),
         common_end_(sequence.position(first) + 1) {
 #pragma unroll
     for (int row = 0; row < 2; ++row)
-      if (quad_row_ + 8 * row < rows_) load_query(row);
+      if (quad_row() + 8 * row < rows_) load_query(row);
   }
 
   DEVICE bool sees_slice(int key) const { return rows_ > 0 && visible_.touches(key, kSliceKeys); }
@@ -57,30 +55,32 @@ class WarpRows {
   DEVICE void write_part(float* part) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float* state = part + (quad_row_ + 8 * row) * (kStateFloats + kHeadSize);
+      float* state = part + (quad_row() + 8 * row) * (kStateFloats + kHeadSize);
       const float l = quad_sum(l_[row]);
       if constexpr (Stats::kEnabled) stats_.sum_over_quad(row);
-      if (quad_lane_ == 0) {
+      if (quad_lane() == 0) {
         state[0] = m_[row];
         state[1] = l;
         if constexpr (Stats::kEnabled) stats_.write_state(row, state);
       }
 #pragma unroll
       for (int n = 0; n < 2 * kSteps; ++n) {
-        state[kStateFloats + n * 8 + 2 * quad_lane_] = out_[n][2 * row];
-        state[kStateFloats + n * 8 + 2 * quad_lane_ + 1] = out_[n][2 * row + 1];
+        state[kStateFloats + n * 8 + 2 * quad_lane()] = out_[n][2 * row];
+        state[kStateFloats + n * 8 + 2 * quad_lane() + 1] = out_[n][2 * row + 1];
       }
     }
   }
 
  private:
+  DEVICE static int quad_row() { return thread_index() % kWarpSize / 4; }
+  DEVICE static int quad_lane() { return thread_index() % 4; }
   DEVICE static int row_index(const GpuParams& p, const Sequence& sequence, int kv_head, int row) {
     return static_cast<int>(Row(p, sequence, kv_head, row).index(p));
   }
 
   DEVICE void load_query(int row) {
     const T* from = static_cast<const T*>(p_.query) + index_[row] / p_.num_heads * p_.query_token_stride +
-                    index_[row] % p_.num_heads * p_.query_head_stride + 2 * quad_lane_;
+                    index_[row] % p_.num_heads * p_.query_head_stride + 2 * quad_lane();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       query_[step][row] = *reinterpret_cast<const uint32_t*>(from + 16 * step);
@@ -97,7 +97,7 @@ class WarpRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         s[half][i] *= scale;
-        const int at = key + 8 * half + 2 * quad_lane_ + i % 2;
+        const int at = key + 8 * half + 2 * quad_lane() + i % 2;
         // One comparison for both ends: later keys have a negative distance, which is a huge unsigned one.
         if (!all_visible && static_cast<uint32_t>(position_[i / 2] - at) >= reach) s[half][i] = kMasked;
       }
@@ -138,16 +138,16 @@ class WarpRows {
   DEVICE void add_masses(const float (&s)[2][4], int row, int key, float sum) {
     if (key < Stats::kSinkTokens || key + kSliceKeys > common_end_ - Stats::kRecentTokens) {
       const float weights[4] = {s[0][2 * row], s[0][2 * row + 1], s[1][2 * row], s[1][2 * row + 1]};
-      stats_.add_edges(row, weights, key + 2 * quad_lane_, position_[row]);
+      stats_.add_edges(row, weights, key + 2 * quad_lane(), position_[row]);
     }
     if (p_.page_masses == nullptr) return;
     const float mass = quad_sum(sum);
-    if (quad_lane_ == 0 && quad_row_ + 8 * row < rows_)
+    if (quad_lane() == 0 && quad_row() + 8 * row < rows_)
       p_.slice_masses[index_[row] * Stats::slices_per_row(p_) + key / kSliceKeys] = log2(mass) + m_[row];
   }
 
   const GpuParams& p_;
-  const int quad_row_, quad_lane_, rows_;
+  const int rows_;
   const KeyRange visible_;  // by any row
   const int position_[2], index_[2];  // index: token * Hq + head
   const int common_begin_, common_end_;  // keys that all rows see

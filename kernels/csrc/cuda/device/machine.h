@@ -17,6 +17,14 @@ using Float16 = __half;
 
 constexpr int kWarpSize = 32;
 
+// Blocks that a multiprocessor should hold at once; caps registers at 65536 / (128 threads x blocks). Before sm_90 shared
+// memory has room for two at most.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kBlocksPerMultiprocessor = 3;
+#else
+constexpr int kBlocksPerMultiprocessor = 2;
+#endif
+
 DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 DEVICE void block_barrier() { __syncthreads(); }
