@@ -104,7 +104,8 @@ def paged_attention(
     layer, and allocating. Without one the call sees to it itself.
 
     Raises ValueError for a wrong dtype, device, layout, shape or value of `window`, and for lengths or page ids that
-    point outside the tensors (the reference: IndexError, and only where it meets one).
+    point outside the tensors (the reference: IndexError, and only where it meets one; CUDA: unchecked, as nothing is
+    read back).
     """
     _check_floats(("query", query), ("out", out))
     _check_floats(("key_cache", key_cache), ("value_cache", value_cache))
