@@ -17,6 +17,7 @@ using torch::stable::Tensor;
 inline pagestream::DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return pagestream::DType::kFloat32;
+    case ScalarType::Float8_e4m3fn: return pagestream::DType::kFloat8;
     case ScalarType::BFloat16: return pagestream::DType::kBFloat16;
     default: return pagestream::DType::kFloat16;
   }

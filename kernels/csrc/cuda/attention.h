@@ -76,9 +76,10 @@ class MergedRow {
   typename Stats::Merged stats_;
 };
 
-template <typename T, int kHeadSize, typename Stats>
+// T: of query and output. Cache: T, or Float8.
+template <typename T, typename Cache, int kHeadSize, typename Stats>
 class AttentionBlock {
-  using Shape = TileShape<T, kHeadSize>;
+  using Shape = TileShape<Cache, kHeadSize>;
   using Merged = MergedRow<T, kHeadSize, Stats>;
   static constexpr int kPart = kStateFloats + kHeadSize;  // floats of one row's part
   static_assert(kWarps * kWarpRows * kPart * int{sizeof(float)} <= Shape::kSharedBytes, "parts reuse the tiles' memory");
@@ -87,7 +88,10 @@ class AttentionBlock {
   static constexpr int kSharedBytes = Shape::kSharedBytes + int{sizeof(Walk)};
 
   DEVICE AttentionBlock(const GpuParams& p, unsigned char* shared)
-      : p_(p), shared_(shared), warp_(thread_index() / kWarpSize), walk_(*reinterpret_cast<Walk*>(shared + Shape::kSharedBytes)) {}
+      : p_(p),
+        shared_(shared),
+        warp_(thread_index() / kWarpSize),
+        walk_(*reinterpret_cast<Walk*>(shared + Shape::kSharedBytes)) {}
 
   DEVICE void run() {
     if (thread_index() == 0) walk_.begin(p_, block_index());
@@ -116,7 +120,7 @@ class AttentionBlock {
     const bool wide = sequence.is_wide();
     const int first_row = segment.row_block * kWideRows + (wide ? warp_ * kWarpRows : 0);
     const KeyRange visible = keys_of_block(sequence, segment.row_block, p_.window);
-    KvRing<T, kHeadSize> ring(p_, reinterpret_cast<T*>(shared_), segment, visible);
+    KvRing<Cache, kHeadSize> ring(p_, reinterpret_cast<Cache*>(shared_), segment, visible);
     const int first_tile = visible.first_tile() + segment.tile, end = first_tile + segment.num_tiles;
     int32_t page = ring.page_of(first_tile);
     const auto copy_next = [&](int tile) {
@@ -127,7 +131,7 @@ class AttentionBlock {
       commit_copies();  // also an empty group: the count below is of groups
     };
     for (int i = 0; i < Shape::kStages - 1; ++i) copy_next(first_tile + i);
-    WarpRows<T, kHeadSize, Stats> rows(p_, sequence, segment.kv_head, first_row);
+    WarpRows<T, Cache, kHeadSize, Stats> rows(p_, sequence, segment.kv_head, first_row);
     for (int tile = first_tile; tile < end; ++tile) {
       wait_copies<Shape::kStages - 2>();
       // Shows the copies to their readers, and says that all readers have left the stage that is filled next.
@@ -140,7 +144,7 @@ class AttentionBlock {
     }
     wait_copies<0>();
     block_barrier();
-    rows.write_part(reinterpret_cast<float*>(shared_) + warp_ * kWarpRows * kPart);
+    rows.write_part(reinterpret_cast<float*>(shared_) + warp_ * kWarpRows * kPart, segment.kv_head);
     block_barrier();
   }
 

@@ -16,7 +16,7 @@ struct TileShape {
   // As many stages as leave room for three blocks on a multiprocessor with 228 KB of shared memory; never under two.
   static constexpr int kStageBudget = 74 << 10;
   static constexpr int kFitting = kStageBudget / (kStageElements * int{sizeof(T)});
-  static constexpr int kStages = kFitting < 2 ? 2 : kFitting;
+  static constexpr int kStages = kFitting < 2 ? 2 : kFitting > 4 ? 4 : kFitting;
   static constexpr int kSharedBytes = kStages * kStageElements * int{sizeof(T)};
 };
 
@@ -25,8 +25,11 @@ struct TileShape {
 template <typename T, int kHeadSize>
 class KvRing {
   using Shape = TileShape<T, kHeadSize>;
+  static constexpr bool kIsFloat8 = sizeof(T) == 1;
 
  public:
+  static constexpr float kExpanded = kIsFloat8 ? 256 : 1;  // stored number over its operand
+
   DEVICE KvRing(const GpuParams& p, T* shared, const Segment& segment, const KeyRange& visible)
       : p_(p),
         shared_(shared),
@@ -53,8 +56,9 @@ class KvRing {
                       page * p_.value_page_stride + offset;
     T* slice = shared_ + stage * Shape::kStageElements + warp_ * Shape::kSliceElements;
 #pragma unroll
-    for (int i = 0; i < kSliceKeys * Shape::kRowChunks / kWarpSize; ++i) {
-      const int chunk = lane_ + i * kWarpSize;
+    for (int first = 0; first < kSliceKeys * Shape::kRowChunks; first += kWarpSize) {
+      const int chunk = first + lane_;
+      if (kSliceKeys * Shape::kRowChunks % kWarpSize != 0 && chunk >= kSliceKeys * Shape::kRowChunks) break;
       const int row = chunk / Shape::kRowChunks, column = chunk % Shape::kRowChunks * Shape::kChunk;
       const bool valid = visible_.holds(key + row);
       copy_async(slice + row * Shape::kPitch + column, keys + row * kHeadSize + column, valid);
@@ -63,19 +67,62 @@ class KvRing {
     }
   }
 
-  // Keys 0-7 (b[0], b[1]) and 8-15 (b[2], b[3]) of a slice, head dimensions 16 step to 16 step + 15.
+  // Operands for keys 0-7 (b[0], b[1]) and 8-15 (b[2], b[3]) of a slice, head dimensions 16 step to 16 step + 15 in the
+  // order of query_column.
   DEVICE void load_keys(uint32_t (&b)[4], int stage, int slice, int step) const {
-    const int row = lane_ / 16 * 8 + lane_ % 8, column = step * 16 + lane_ / 8 % 2 * 8;
-    load_matrices(b, slice_at(stage, slice) + row * Shape::kPitch + column);
+    const T* keys = slice_at(stage, slice) + step * 16;
+    if constexpr (kIsFloat8) {
+      uint32_t r[2];
+      load_matrices(r, keys + lane_ % 16 * Shape::kPitch);
+      expand(r[0], b[0], b[1]);
+      expand(r[1], b[2], b[3]);
+    } else {
+      load_matrices(b, keys + (lane_ / 16 * 8 + lane_ % 8) * Shape::kPitch + lane_ / 8 % 2 * 8);
+    }
   }
 
-  // All 16 keys of a slice, head dimensions 16 step to + 7 (b[0], b[1]) and + 8 to + 15 (b[2], b[3]).
+  // Operands for all 16 keys of a slice and head dimensions 16 step to 16 step + 15, in two halves ordered as in
+  // output_column.
   DEVICE void load_values(uint32_t (&b)[4], int stage, int slice, int step) const {
-    const int row = lane_ % 16, column = step * 16 + lane_ / 16 * 8;
-    load_matrices_transposed(b, slice_at(stage, kWarps + slice) + row * Shape::kPitch + column);
+    const T* values = slice_at(stage, kWarps + slice) + lane_ % 16 * Shape::kPitch + step * 16;
+    if constexpr (kIsFloat8) {
+      uint32_t r[2];
+      load_matrices_transposed(r, values);
+      expand(r[0], b[0], b[2]);
+      expand(r[1], b[1], b[3]);
+    } else {
+      load_matrices_transposed(b, values + lane_ / 16 * 8);
+    }
+  }
+
+  // Matrix loads move pairs of bytes. Of e4m3 a lane so gets 4 neighbours instead of two pairs 8 apart, and the head
+  // dimensions are multiplied in another order: the sum over them does not care, the query must follow.
+  // First head dimension of the two pairs that a lane needs of the query.
+  DEVICE static constexpr int query_column(int quad_lane, int i) {
+    return kIsFloat8 ? 4 * quad_lane + 2 * i : 2 * quad_lane + 8 * i;
+  }
+  template <typename Query>
+  DEVICE static void arrange_query(uint32_t (&pairs)[2], Query) {
+    if constexpr (kIsFloat8) {
+      Query x[4];
+      memcpy(x, pairs, sizeof x);
+      pairs[0] = pack(to_float(x[0]), to_float(x[2]), Float16{});
+      pairs[1] = pack(to_float(x[1]), to_float(x[3]), Float16{});
+    }
+  }
+  // Head dimension of column 2 quad_lane + i of output tile n.
+  DEVICE static constexpr int output_column(int n, int quad_lane, int i) {
+    return kIsFloat8 ? n / 2 * 16 + 4 * quad_lane + 2 * i + n % 2 : n * 8 + 2 * quad_lane + i;
   }
 
  private:
+  // Four e4m3 to two pairs of fp16, bytes 0 and 2 and bytes 1 and 3, divided by kExpanded: e4m3's bits moved into place
+  // are the same number with fp16's larger exponent bias. Exact, subnormals included; NaN (never stored) becomes 480.
+  DEVICE static void expand(uint32_t x, uint32_t& even, uint32_t& odd) {
+    even = (x << 8 & 0x80008000u) | (x << 7 & 0x3f803f80u);
+    odd = (x & 0x80008000u) | (x >> 1 & 0x3f803f80u);
+  }
+
   DEVICE const T* slice_at(int stage, int slice) const {
     return shared_ + stage * Shape::kStageElements + slice * Shape::kSliceElements;
   }

@@ -55,6 +55,7 @@ struct GpuParams : AttentionParams {
   Workspace workspace;
   float* slice_masses;  // [T, Hq, M * B / 16]: base-2 log of each slice's mass; page_masses itself when B is 16
   int32_t page_shift;   // log2 B
+  const float *key_scales, *value_scales;  // [Hkv] or null: a stored number times its head's scale is the key or value
 };
 
 }  // namespace pagestream::gpu

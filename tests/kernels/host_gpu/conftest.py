@@ -19,7 +19,7 @@ CSRC = HERE.parents[2] / "kernels" / "csrc"
 FLAGS = ("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PLAN, ATTENTION = 0, 1
-DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+CACHE_DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # csrc/params.h
 WORKSPACE_HEADER, PART_ROWS, PART_STATE = 4, 64, 8  # csrc/cuda/params.h
 
 
@@ -47,7 +47,7 @@ class HostGpu:
         """The plan: (block, sequence, KV head, row block, tile, tiles, tiles of the row block) in order."""
         sizes = (PLAN, seed, num_blocks, 0, len(lengths), *heads, 64, 64, 1, window, 0, 0, 0, 0)
         integers = [torch.tensor(x, dtype=torch.int32) for x in (query_starts, lengths)]
-        self._send(sizes, 1.0, [*integers, _workspace(num_blocks, 64), *[None] * 8])
+        self._send(sizes, 1.0, [*integers, _workspace(num_blocks, 64), *[None] * 10])
         (count,) = struct.unpack("q", self._receive(8))
         if count == 0:
             return []
@@ -55,13 +55,14 @@ class HostGpu:
         return [tuple(row) for row in flat.view(-1, 7).tolist()]
 
     def attend(
-        self, batch: Any, *, stats: bool, page_masses: bool, num_blocks: int = 6, seed: int = 0
+        self, batch: Any, *, stats: bool, page_masses: bool, num_blocks: int = 6, seed: int = 0, scales: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`out`, statistics and page masses of a conftest Batch, by `num_blocks` blocks in an order drawn from `seed`."""
+        """`out`, statistics and page masses of a conftest Batch, by `num_blocks` blocks in an order drawn from `seed`.
+        `scales`: of e4m3 keys and values."""
         query, cache = batch.query, batch.key_cache
         tokens, heads, head_size = query.shape
         max_pages, page_size = batch.block_tables.shape[1], cache.shape[2]
-        sizes = (ATTENTION, seed, num_blocks, DTYPES[query.dtype], len(batch.context_lengths), heads, cache.shape[1])
+        sizes = (ATTENTION, seed, num_blocks, CACHE_DTYPES[cache.dtype], len(batch.context_lengths), heads, cache.shape[1])
         sizes += (head_size, page_size, max_pages, batch.window, *query.stride()[:2], *cache.stride()[:2])
         outputs = [
             torch.full((tokens, heads, head_size), float("nan"), dtype=query.dtype),
@@ -70,7 +71,7 @@ class HostGpu:
         ]
         slices = torch.full((tokens, heads, max_pages * page_size // 16), float("nan")) if page_masses else None
         integers = (batch.query_starts, batch.context_lengths, _workspace(num_blocks, head_size))
-        inputs = (_storage(query), _storage(cache), _storage(batch.value_cache), batch.block_tables)
+        inputs = (_storage(query), _storage(cache), _storage(batch.value_cache), *scales, batch.block_tables)
         self._send(sizes, batch.scale, [*integers, *inputs, *outputs, slices])
         for output in outputs:
             if output is not None and output.numel():

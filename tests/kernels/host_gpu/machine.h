@@ -24,6 +24,27 @@ using ::Float16;
 using ::from_float;
 using ::to_float;
 
+struct Float8 {  // e4m3
+  uint8_t bits;
+};
+
+// To nearest even, at most 448; NaN stays NaN.
+inline void from_float(float x, Float8& to) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  if (x != x) {
+    to.bits = sign | 0x7f;
+    return;
+  }
+  const float magnitude = std::fmin(std::fabs(x), 448.0f);
+  int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);  // below 2^-6 subnormals keep this exponent's spacing
+  auto eighths = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
+  if (eighths == 16) {
+    eighths = 8;
+    ++exponent;
+  }
+  to.bits = static_cast<uint8_t>(sign | (eighths < 8 ? eighths : (exponent + 7) << 3 | (eighths - 8)));
+}
+
 constexpr int kWarpSize = 32;
 
 // Runs kernel(shared) in every thread of every block. Exits with a message when lanes of a warp meet at different places.
@@ -78,9 +99,9 @@ struct MatrixLane {
   const uint16_t* row;
 };
 
-template <bool kTransposed>
+template <int kMatrices, bool kTransposed>
 void load_matrices_operation(void* const* lanes) {
-  for (int matrix = 0; matrix < 4; ++matrix) {
+  for (int matrix = 0; matrix < kMatrices; ++matrix) {
     uint16_t element[8][8];
     for (int row = 0; row < 8; ++row) {
       const uint16_t* from = static_cast<MatrixLane*>(lanes[matrix * 8 + row])->row;
@@ -99,13 +120,15 @@ void load_matrices_operation(void* const* lanes) {
   }
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* shared_row) {
+template <int kMatrices>
+void load_matrices(uint32_t (&r)[kMatrices], const void* shared_row) {
   MatrixLane lane{r, static_cast<const uint16_t*>(shared_row)};
-  meet(load_matrices_operation<false>, &lane);
+  meet(load_matrices_operation<kMatrices, false>, &lane);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
+template <int kMatrices>
+void load_matrices_transposed(uint32_t (&r)[kMatrices], const void* shared_row) {
   MatrixLane lane{r, static_cast<const uint16_t*>(shared_row)};
-  meet(load_matrices_operation<true>, &lane);
+  meet(load_matrices_operation<kMatrices, true>, &lane);
 }
 
 struct MmaLane {

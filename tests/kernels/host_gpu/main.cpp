@@ -39,7 +39,7 @@ class Array {
 };
 
 struct Sizes {
-  int64_t command, seed, num_blocks, dtype, num_sequences, num_heads, num_kv_heads, head_size, page_size, max_pages, window;
+  int64_t command, seed, num_blocks, cache_dtype, num_sequences, num_heads, num_kv_heads, head_size, page_size, max_pages, window;
   int64_t query_token_stride, query_head_stride, page_stride, head_stride;
   double scale;
 };
@@ -49,25 +49,25 @@ void plan(const GpuParams& p, uint32_t seed) {
          [&](unsigned char* shared) { Planner(p, reinterpret_cast<int64_t*>(shared)).run(); });
 }
 
-template <typename T, int kHeadSize, typename Stats>
+template <typename T, typename Cache, int kHeadSize, typename Stats>
 void attend(const GpuParams& p, uint32_t seed) {
-  launch(p.workspace.max_blocks, kThreads, AttentionBlock<T, kHeadSize, Stats>::kSharedBytes, seed,
-         [&](unsigned char* shared) { AttentionBlock<T, kHeadSize, Stats>(p, shared).run(); });
+  launch(p.workspace.max_blocks, kThreads, AttentionBlock<T, Cache, kHeadSize, Stats>::kSharedBytes, seed,
+         [&](unsigned char* shared) { AttentionBlock<T, Cache, kHeadSize, Stats>(p, shared).run(); });
 }
 
-template <typename T, int kHeadSize>
+template <typename T, typename Cache, int kHeadSize>
 void attend(const GpuParams& p, uint32_t seed) {
   const bool with_statistics = p.stats != nullptr || p.page_masses != nullptr;
-  with_statistics ? attend<T, kHeadSize, Statistics>(p, seed) : attend<T, kHeadSize, NoStatistics>(p, seed);
+  with_statistics ? attend<T, Cache, kHeadSize, Statistics>(p, seed) : attend<T, Cache, kHeadSize, NoStatistics>(p, seed);
 }
 
-template <typename T>
+template <typename T, typename Cache>
 void attend(const GpuParams& p, uint32_t seed) {
   switch (p.head_size) {
-    case 64: return attend<T, 64>(p, seed);
-    case 80: return attend<T, 80>(p, seed);
-    case 96: return attend<T, 96>(p, seed);
-    case 128: return attend<T, 128>(p, seed);
+    case 64: return attend<T, Cache, 64>(p, seed);
+    case 80: return attend<T, Cache, 80>(p, seed);
+    case 96: return attend<T, Cache, 96>(p, seed);
+    case 128: return attend<T, Cache, 128>(p, seed);
     default: std::exit(2);
   }
 }
@@ -110,7 +110,7 @@ GpuParams params_of(const Sizes& sizes) {
 }
 
 void serve(const Sizes& sizes) {
-  Array starts, lengths, workspace, query, keys, values, tables, out, stats, page_masses, slice_masses;
+  Array starts, lengths, workspace, query, keys, values, key_scales, value_scales, tables, out, stats, page_masses, slice_masses;
   GpuParams p = params_of(sizes);
   p.query_starts = starts.as<int32_t>();
   p.context_lengths = lengths.as<int32_t>();
@@ -118,6 +118,8 @@ void serve(const Sizes& sizes) {
   p.query = query.as<void>();
   p.key_cache = keys.as<void>();
   p.value_cache = values.as<void>();
+  p.key_scales = key_scales.as<float>();
+  p.value_scales = value_scales.as<float>();
   p.block_tables = tables.as<int32_t>();
   p.out = out.as<void>();
   p.stats = stats.as<float>();
@@ -128,7 +130,11 @@ void serve(const Sizes& sizes) {
   if (sizes.command == 0) return send_segments(p);
   // Twice, as two layers of a step would: the counters must be ready for the second.
   for (uint32_t layer = 0; layer < 2; ++layer)
-    sizes.dtype == 0 ? attend<BFloat16>(p, seed + layer) : attend<Float16>(p, seed + layer);
+    switch (static_cast<DType>(sizes.cache_dtype)) {
+      case DType::kBFloat16: attend<BFloat16, BFloat16>(p, seed + layer); break;
+      case DType::kFloat16: attend<Float16, Float16>(p, seed + layer); break;
+      default: attend<BFloat16, Float8>(p, seed + layer);
+    }
   out.send();
   stats.send();
   page_masses.send();

@@ -5,6 +5,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -14,6 +15,9 @@ namespace pagestream::gpu {
 
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
+struct Float8 {  // e4m3
+  uint8_t bits;
+};
 
 constexpr int kWarpSize = 32;
 
@@ -69,8 +73,8 @@ DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements. Lane i passes the address of row i % 8 of matrix i / 8 and receives, of each
-// matrix, elements 2 (lane % 4) and the next one of row lane / 4 (transposed: of column lane / 4).
+// Four or two 8x8 matrices of 16-bit elements. Lane i passes the address of row i % 8 of matrix i / 8 (of two: lanes 16 to 31
+// pass any) and receives, of each matrix, elements 2 (lane % 4) and the next one of row lane / 4, transposed: of column lane / 4.
 DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -78,10 +82,21 @@ DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
                : "r"(from)
                : "memory");
 }
+DEVICE void load_matrices(uint32_t (&r)[2], const void* shared_row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+}
 DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(from)
+               : "memory");
+}
+DEVICE void load_matrices_transposed(uint32_t (&r)[2], const void* shared_row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
                : "r"(from)
                : "memory");
 }
@@ -118,5 +133,6 @@ DEVICE float to_float(Float16 x) { return __half2float(x); }
 DEVICE void from_float(float x, float& to) { to = x; }
 DEVICE void from_float(float x, BFloat16& to) { to = __float2bfloat16_rn(x); }
 DEVICE void from_float(float x, Float16& to) { to = __float2half_rn(x); }
+DEVICE void from_float(float x, Float8& to) { to.bits = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3); }
 
 }  // namespace pagestream::gpu
