@@ -1,5 +1,6 @@
-"""One public function per operator: `paged_attention`, `store_kv`."""
+"""One public function per operator."""
 
+from pagestream.kernels.append import append_kv
 from pagestream.kernels.operators import attention_workspace, paged_attention, plan_attention, store_kv
 
-__all__ = ["attention_workspace", "paged_attention", "plan_attention", "store_kv"]
+__all__ = ["append_kv", "attention_workspace", "paged_attention", "plan_attention", "store_kv"]

@@ -1,6 +1,6 @@
 """Compiles and loads the kernels: g++ and nvcc called directly, into the user's cache folder, at first use or by
-`python -m pagestream.kernels.build`. One library: it holds the CUDA kernels too where there is a CUDA device and nvcc, or
-with `--cuda`, and then still loads on a machine without either. The only place that reads the environment:
+`python -m pagestream.kernels.build`. One library: it holds the CUDA kernels too where there is a CUDA device and nvcc,
+or with `--cuda`, and then still loads on a machine without either. The only place that reads the environment:
 
 PAGESTREAM_CPU_ISA: auto (default), avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
@@ -131,9 +131,13 @@ def _compile(compiler: str, cuda_compiler: str | None, folder: Path) -> None:
 
 
 def _cuda_commands() -> dict[str, list[str]]:
-    commands = {"plan_cuda.o": ["-c", str(_CUDA_SOURCES / "plan.cu")]}
+    commands = {f"{name}_cuda.o": ["-c", str(_CUDA_SOURCES / f"{name}.cu")] for name in ("plan", "append")}
     for size in _HEAD_SIZES:  # one object each, to be compiled at the same time
-        commands[f"attention_cuda_{size}.o"] = [f"-DPAGESTREAM_HEAD_SIZE={size}", "-c", str(_CUDA_SOURCES / "attention.cu")]
+        commands[f"attention_cuda_{size}.o"] = [
+            f"-DPAGESTREAM_HEAD_SIZE={size}",
+            "-c",
+            str(_CUDA_SOURCES / "attention.cu"),
+        ]
     return commands
 
 

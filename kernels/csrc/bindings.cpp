@@ -62,7 +62,8 @@ float* thread_buffer(int64_t floats) {
 void paged_attention(const Tensor query, const Tensor key_cache, const Tensor value_cache, const Tensor block_tables,
                      const Tensor query_starts, const Tensor context_lengths, double scale, int64_t window,
                      const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses,
-                     const std::optional<Tensor> /*workspace*/) {
+                     const std::optional<Tensor> /*workspace*/, const std::optional<Tensor> /*key_scales*/,
+                     const std::optional<Tensor> /*value_scales*/) {
   const AttentionKernel& kernel = *selected_kernel;
   const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
                                         scale, window, out, stats, page_masses);

@@ -13,6 +13,7 @@ struct AttentionLauncher {
 };
 
 const char* run_plan(const GpuParams& p, void* stream);
+const char* run_append(const AppendParams& p, void* stream);
 
 }  // namespace pagestream::gpu
 

@@ -58,4 +58,18 @@ struct GpuParams : AttentionParams {
   const float *key_scales, *value_scales;  // [Hkv] or null: a stored number times its head's scale is the key or value
 };
 
+struct AppendParams {
+  void* heads;                      // [T, Hq + 2 Hkv, D]: query, key, value; the query is replaced
+  const float *cos, *signed_sin;    // [T, D]
+  const void* norm_weight;          // [Hq + Hkv, D] or null, in the type of heads
+  void *key_cache, *value_cache;    // [P, Hkv, B, D], the last two dimensions contiguous
+  const int64_t* slots;             // [T]; a slot outside the cache is not stored: padding of a captured graph
+  const float *key_scales, *value_scales;  // [Hkv] or null: a stored number times its head's scale is the key or value
+  int64_t token_stride, head_stride;
+  int64_t key_page_stride, key_head_stride, value_page_stride, value_head_stride;
+  int32_t num_tokens, num_heads, num_kv_heads, head_size, num_pages, page_size;
+  float epsilon;
+  DType dtype, cache_dtype;
+};
+
 }  // namespace pagestream::gpu

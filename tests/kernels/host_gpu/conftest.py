@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "kernels" / "csrc"
 FLAGS = ("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-PLAN, ATTENTION = 0, 1
+PLAN, ATTENTION, APPEND = 0, 1, 2
 CACHE_DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # csrc/params.h
 WORKSPACE_HEADER, PART_ROWS, PART_STATE = 4, 64, 8  # csrc/cuda/params.h
 
@@ -55,14 +55,29 @@ class HostGpu:
         return [tuple(row) for row in flat.view(-1, 7).tolist()]
 
     def attend(
-        self, batch: Any, *, stats: bool, page_masses: bool, num_blocks: int = 6, seed: int = 0, scales: tuple[Tensor | None, Tensor | None] = (None, None)
+        self,
+        batch: Any,
+        *,
+        stats: bool,
+        page_masses: bool,
+        num_blocks: int = 6,
+        seed: int = 0,
+        scales: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`out`, statistics and page masses of a conftest Batch, by `num_blocks` blocks in an order drawn from `seed`.
-        `scales`: of e4m3 keys and values."""
+        """`out`, statistics and page masses of a Batch, by `num_blocks` blocks in an order drawn from `seed`; `scales`:
+        of e4m3 keys and values."""
         query, cache = batch.query, batch.key_cache
         tokens, heads, head_size = query.shape
         max_pages, page_size = batch.block_tables.shape[1], cache.shape[2]
-        sizes = (ATTENTION, seed, num_blocks, CACHE_DTYPES[cache.dtype], len(batch.context_lengths), heads, cache.shape[1])
+        sizes = (
+            ATTENTION,
+            seed,
+            num_blocks,
+            CACHE_DTYPES[cache.dtype],
+            len(batch.context_lengths),
+            heads,
+            cache.shape[1],
+        )
         sizes += (head_size, page_size, max_pages, batch.window, *query.stride()[:2], *cache.stride()[:2])
         outputs = [
             torch.full((tokens, heads, head_size), float("nan"), dtype=query.dtype),
@@ -78,6 +93,28 @@ class HostGpu:
                 raw = bytearray(self._receive(output.nbytes))
                 output.view(torch.uint8).view(-1).copy_(torch.frombuffer(raw, dtype=torch.uint8))
         return outputs[0], outputs[1], outputs[2]  # type: ignore[return-value]
+
+    def append(
+        self,
+        heads: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        caches: tuple[Tensor, Tensor],
+        slots: Tensor,
+        *,
+        norm_weight: Tensor | None = None,
+        epsilon: float = 0.0,
+        scales: tuple[Tensor | None, Tensor | None] = (None, None),
+        seed: int = 0,
+    ) -> None:
+        """The append kernel, in place as the operator does it; heads and caches are contiguous."""
+        pages, kv_heads, page_size, head_size = caches[0].shape
+        sizes = (APPEND, seed, 0, CACHE_DTYPES[caches[0].dtype], len(heads), heads.shape[1] - 2 * kv_heads, kv_heads)
+        sizes += (head_size, page_size, pages, 0, *heads.stride()[:2], *caches[0].stride()[:2])
+        self._send(sizes, epsilon, [heads, cos, signed_sin, norm_weight, *caches, slots, *scales])
+        for tensor in (heads, *caches):
+            raw = bytearray(self._receive(tensor.nbytes))
+            tensor.view(torch.uint8).view(-1).copy_(torch.frombuffer(raw, dtype=torch.uint8))
 
     def _send(self, sizes: tuple[int, ...], scale: float, arrays: list[Tensor | None]) -> None:
         assert self._process.stdin is not None
@@ -108,12 +145,13 @@ def _storage(tensor: Tensor) -> Tensor:
 
 @pytest.fixture(scope="session")
 def host_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGpu]:
-    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+    compiler = shutil.which("g++")
+    if platform.machine() != "x86_64" or compiler is None:
         pytest.skip("the host machine for CUDA kernels is x86-64 and needs g++")
     program = tmp_path_factory.mktemp("host_gpu") / "host_gpu"
     includes = (f"-I{HERE}", f"-I{CSRC}")
     sources = (HERE / "machine.cpp", HERE / "main.cpp")
-    subprocess.run(["g++", *FLAGS, *SANITIZERS, *includes, *sources, "-o", program], check=True)
+    subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, *sources, "-o", program], check=True)
     machine = HostGpu(program)
     yield machine
     machine.close()

@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "cuda/append.h"
 #include "cuda/attention.h"
 #include "cuda/statistics.h"
 
@@ -41,8 +42,10 @@ class Array {
 struct Sizes {
   int64_t command, seed, num_blocks, cache_dtype, num_sequences, num_heads, num_kv_heads, head_size, page_size, max_pages, window;
   int64_t query_token_stride, query_head_stride, page_stride, head_stride;
-  double scale;
+  double scale;  // append: epsilon
 };
+
+enum Command : int64_t { kPlan, kAttention, kAppend };
 
 void plan(const GpuParams& p, uint32_t seed) {
   launch(1, kPlanThreads, kPlanThreads * sizeof(int64_t), seed,
@@ -109,7 +112,50 @@ GpuParams params_of(const Sizes& sizes) {
   return p;
 }
 
+template <typename T, typename Cache>
+void append(const AppendParams& p, uint32_t seed) {
+  const int warps = p.num_tokens * (p.num_heads + 2 * p.num_kv_heads);
+  const int blocks = (warps * kWarpSize + kAppendThreads - 1) / kAppendThreads;
+  launch(blocks, kAppendThreads, 0, seed, [&](unsigned char*) { AppendWarp<T, Cache>(p).run(); });
+}
+
+// num_sequences stands for tokens, max_pages for pages, query strides for those of the heads.
+void serve_append(const Sizes& sizes) {
+  Array heads, cos, signed_sin, norm_weight, keys, values, slots, key_scales, value_scales;
+  AppendParams p{};
+  p.heads = heads.as<void>();
+  p.cos = cos.as<float>();
+  p.signed_sin = signed_sin.as<float>();
+  p.norm_weight = norm_weight.as<void>();
+  p.key_cache = keys.as<void>();
+  p.value_cache = values.as<void>();
+  p.slots = slots.as<int64_t>();
+  p.key_scales = key_scales.as<float>();
+  p.value_scales = value_scales.as<float>();
+  p.token_stride = sizes.query_token_stride;
+  p.head_stride = sizes.query_head_stride;
+  p.key_page_stride = p.value_page_stride = sizes.page_stride;
+  p.key_head_stride = p.value_head_stride = sizes.head_stride;
+  p.num_tokens = static_cast<int32_t>(sizes.num_sequences);
+  p.num_heads = static_cast<int32_t>(sizes.num_heads);
+  p.num_kv_heads = static_cast<int32_t>(sizes.num_kv_heads);
+  p.head_size = static_cast<int32_t>(sizes.head_size);
+  p.num_pages = static_cast<int32_t>(sizes.max_pages);
+  p.page_size = static_cast<int32_t>(sizes.page_size);
+  p.epsilon = static_cast<float>(sizes.scale);
+  const auto seed = static_cast<uint32_t>(sizes.seed);
+  switch (static_cast<DType>(sizes.cache_dtype)) {
+    case DType::kBFloat16: append<BFloat16, BFloat16>(p, seed); break;
+    case DType::kFloat16: append<Float16, Float16>(p, seed); break;
+    default: append<BFloat16, Float8>(p, seed);
+  }
+  heads.send();
+  keys.send();
+  values.send();
+}
+
 void serve(const Sizes& sizes) {
+  if (sizes.command == kAppend) return serve_append(sizes);
   Array starts, lengths, workspace, query, keys, values, key_scales, value_scales, tables, out, stats, page_masses, slice_masses;
   GpuParams p = params_of(sizes);
   p.query_starts = starts.as<int32_t>();
@@ -127,7 +173,7 @@ void serve(const Sizes& sizes) {
   p.slice_masses = sizes.page_size == kSliceKeys ? p.page_masses : slice_masses.as<float>();
   const auto seed = static_cast<uint32_t>(sizes.seed);
   plan(p, seed);
-  if (sizes.command == 0) return send_segments(p);
+  if (sizes.command == kPlan) return send_segments(p);
   // Twice, as two layers of a step would: the counters must be ready for the second.
   for (uint32_t layer = 0; layer < 2; ++layer)
     switch (static_cast<DType>(sizes.cache_dtype)) {

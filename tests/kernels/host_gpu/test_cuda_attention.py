@@ -1,4 +1,4 @@
-"""The CUDA attention kernel's source, executed on this CPU, against float64 on the edges of paging, tiling and splitting."""
+"""The CUDA attention kernel's source, executed on this CPU, against float64, at edges of pages, tiles and splits."""
 
 from __future__ import annotations
 
