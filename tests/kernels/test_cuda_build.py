@@ -95,7 +95,7 @@ def machine_code(tmp_path: Path, name: str, csrc: Path) -> list[str]:
     headers = output_of("readelf", "-W", "-S", cubin)
     sections = re.findall(r"\[ *(\d+)\] \.text\.\S*attention_kernel\S*NoStatistics", headers)
     # The first line names the section, and the name of a function in an anonymous namespace depends on the file's path.
-    return [output_of("readelf", "-x", number, cubin).strip().split("\n", 1)[1] for number in sections]
+    return sorted(output_of("readelf", "-x", number, cubin).strip().split("\n", 1)[1] for number in sections)
 
 
 def test_statistics_off_is_the_machine_code_of_a_build_without_them(tmp_path):

@@ -95,35 +95,16 @@ def test_scores_that_grow_along_the_sequence(host_gpu, helpers):
     check(host_gpu, helpers, batch)
 
 
-def float8_batch(helpers, rows, key_scale: float, value_scale: float, **options):
-    """A batch in e4m3, with scales that differ from head to head; its oracle sees what the stored numbers stand for."""
-    batch = helpers.random_batch(rows, dtype=torch.bfloat16, **options)
-    kv_heads = batch.key_cache.shape[1]
-    scales = [torch.linspace(1, 2, kv_heads) * scale for scale in (key_scale, value_scale)]
-    stored = [
-        (cache.float() / scale[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
-        for cache, scale in zip((batch.key_cache, batch.value_cache), scales, strict=True)
-    ]
-    for rounded, name, scale in zip(stored, ("keys", "values"), scales, strict=True):
-        page_size = rounded.shape[2]
-        for s, exact in enumerate(getattr(batch, name)):
-            pages = batch.block_tables[s, : -(-len(exact) // page_size)].long()
-            represented = rounded[pages].float() * scale[:, None, None]
-            exact.data = represented.transpose(1, 2).flatten(0, 1)[: len(exact)]
-    batch.key_cache, batch.value_cache = stored
-    return batch, tuple(scales)
-
-
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128])
 @pytest.mark.parametrize("rows", BATCHES)
 def test_float8_cache_equals_float64(host_gpu, helpers, rows, head_size, page_size):
     """Products are of fp16, which holds e4m3 exactly, so only weights and the query's smallest bits are rounded."""
     options = {"head_size": head_size, "page_size": page_size}
-    batch, scales = float8_batch(helpers, BATCHES[rows], 0.02, 0.3, **options)
+    batch, scales = helpers.float8_batch(BATCHES[rows], 0.02, 0.3, **options)
     check(host_gpu, helpers, batch, scales=scales)
 
 
 def test_float8_without_scales(host_gpu, helpers):
-    batch, _ = float8_batch(helpers, [(1, 100), (20, 50)], 1.0, 1.0, heads=(4, 1))
+    batch, _ = helpers.float8_batch([(1, 100), (20, 50)], 1.0, 1.0, heads=(4, 1))
     check(host_gpu, helpers, batch)
