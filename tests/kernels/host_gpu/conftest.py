@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ CACHE_DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # 
 WORKSPACE_HEADER, PART_ROWS, PART_STATE = 4, 64, 8  # csrc/cuda/params.h
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    host: Path = HERE
+    csrc: Path = CSRC
+
+
 class HostGpu:
     """The program of main.cpp: one process, one request after the other."""
 
-    def __init__(self, program: Path) -> None:
+    def __init__(self, program: Path, sources: Sources) -> None:
+        self.sources = sources
         self._process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def close(self) -> None:
@@ -152,6 +160,6 @@ def host_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGpu]:
     includes = (f"-I{HERE}", f"-I{CSRC}")
     sources = (HERE / "machine.cpp", HERE / "main.cpp")
     subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, *sources, "-o", program], check=True)
-    machine = HostGpu(program)
+    machine = HostGpu(program, Sources())
     yield machine
     machine.close()

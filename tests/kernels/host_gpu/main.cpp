@@ -27,6 +27,7 @@ class Array {
   T* as() {
     return size_ == 0 ? nullptr : reinterpret_cast<T*>(data_.get());
   }
+  void poison() { std::memset(data_.get(), 0xff, size_); }  // NaN
   void send() const {
     if (size_ > 0) std::fwrite(data_.get(), 1, size_, stdout);
   }
@@ -175,12 +176,14 @@ void serve(const Sizes& sizes) {
   plan(p, seed);
   if (sizes.command == kPlan) return send_segments(p);
   // Twice, as two layers of a step would: the counters must be ready for the second.
-  for (uint32_t layer = 0; layer < 2; ++layer)
+  for (uint32_t layer = 0; layer < 2; ++layer) {
+    for (Array* output : {&out, &stats, &page_masses, &slice_masses}) output->poison();
     switch (static_cast<DType>(sizes.cache_dtype)) {
       case DType::kBFloat16: attend<BFloat16, BFloat16>(p, seed + layer); break;
       case DType::kFloat16: attend<Float16, Float16>(p, seed + layer); break;
       default: attend<BFloat16, Float8>(p, seed + layer);
     }
+  }
   out.send();
   stats.send();
   page_masses.send();
