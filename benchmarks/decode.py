@@ -38,7 +38,8 @@ Contestant = Callable[[list[int]], float]  # a prompt -> seconds per token
 
 @contextlib.contextmanager
 def pagestream(dtype: str) -> Iterator[Contestant]:
-    command = [sys.executable, "-m", "pagestream.server", "serve", "--dtype", dtype, "--grpc-port", "0", "--http-port", "0"]
+    ports = ["--grpc-port", "0", "--http-port", "0"]
+    command = [sys.executable, "-m", "pagestream.server", "serve", "--dtype", dtype, *ports]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own server
     try:
         port = _port_when_ready(server)

@@ -112,6 +112,11 @@ class ServerConfig:
         _parse({name: value for name, value in vars(self).items() if value is not None}, where="")
         if self.grpc_port == self.http_port != 0:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
+        if self.token_budget < self.max_running:
+            raise ValueError(
+                f"token_budget {self.token_budget} is below max_running {self.max_running}; "
+                "every running request must get its next token in each step"
+            )
 
 
 _PARSERS: Mapping[str, Parse] = {
