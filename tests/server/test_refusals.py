@@ -100,15 +100,14 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_service: M
 
 
 def test_a_deadline_ends_the_call_and_frees_its_blocks(service: Service) -> None:
-    service.rig.runner.on_step = lambda _plan: slow.wait(0.01)
-    slow = threading.Event()
+    service.rig.runner.hold()
     call = service.client.open(timeout=0.3, text="abc")
     with pytest.raises(grpc.RpcError) as error:
         for _ in call:
             pass
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    service.rig.runner.allow()
     wait_until(service.is_idle, "the blocks are free")
-    slow.set()
     counts = service.metrics.read().values["requests_finished_total"]
     assert counts["deadline",] + counts["cancelled",] == 1  # the server's own clock, or gRPC's cancel at that moment
 

@@ -136,6 +136,7 @@ class Rig:
         metrics: Metrics,
         *,
         publish: Callable[[Publication], None] | None = None,
+        on_fault: Callable[[], None] | None = None,
         num_blocks: int = 64,
         block_size: int = 16,
         token_budget: int = 64,
@@ -156,7 +157,7 @@ class Rig:
             metrics,
             limits or QueueLimits(1000, 1_000_000),
             publish or self.recorder.publish,
-            self.gone.set,
+            on_fault or self.gone.set,
             clock,
         )
         self.engine.start()

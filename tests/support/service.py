@@ -25,6 +25,22 @@ def stop(max_tokens: int, **fields: Any) -> pb.StopConfig:
     return pb.StopConfig(max_tokens=max_tokens, **fields)
 
 
+def served(rig: Rig, tokenizer: ByteTokenizer) -> ServedModel:
+    return ServedModel(
+        name="echo",
+        tokenizer=tokenizer,
+        engine=rig.engine,
+        architecture="llama",
+        parameters=123,
+        max_context=MAX_CONTEXT,
+        kv_capacity_tokens=rig.pool.capacity,
+        page_size=rig.pool.block_size,
+        device="cpu",
+        dtype="fp32",
+        kv_dtype="bf16",
+    )
+
+
 class Service:
     """All services on a free port, in an event loop of their own thread."""
 
@@ -37,21 +53,7 @@ class Service:
         self.streams = Streams(self.loop)
         self.rig = Rig(metrics, publish=self.streams.publish, **settings)
         slot = ModelSlot()
-        slot.fill(
-            ServedModel(
-                name="echo",
-                tokenizer=tokenizer,
-                engine=self.rig.engine,
-                architecture="llama",
-                parameters=123,
-                max_context=MAX_CONTEXT,
-                kv_capacity_tokens=self.rig.pool.capacity,
-                page_size=self.rig.pool.block_size,
-                device="cpu",
-                dtype="fp32",
-                kv_dtype="bf16",
-            )
-        )
+        slot.fill(served(self.rig, tokenizer))
         self.listener = self.run(self._listen(slot))
         self.address = f"127.0.0.1:{self.listener.port}"
         self.client = Client(self.address)
