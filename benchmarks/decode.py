@@ -73,7 +73,8 @@ def _stream(stub: GenerationServiceStub, prompt: list[int]) -> float:
 
 
 def hugging_face(path: Path, dtype: str) -> Contestant:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=DTYPES[dtype])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(path.parent, gguf_file=path.name, dtype=torch.float32).to(DTYPES[dtype])
 
     def seconds(prompt: list[int], tokens: int) -> float:
         started = time.perf_counter()
