@@ -23,6 +23,8 @@ from pagestream.server.served import ServedModel
 
 log = logging.getLogger(__name__)
 
+DEFAULT_MAX_RUNNING = 64
+
 
 def assemble(
     config: ServerConfig, metrics: Metrics, publish: Callable[[Publication], None], on_fault: Callable[[], None]
@@ -45,8 +47,9 @@ def assemble(
         progress=_LoadProgress(),
     )
     _warm_up(loaded, config.token_budget)
+    max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
     pool = BlockPool(loaded.plan.num_pages, config.page_size)
-    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=config.max_running)
+    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
     engine = Engine(pool, scheduler, loaded.runner, metrics, limits, publish, on_fault)
     engine.start()
