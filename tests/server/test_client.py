@@ -110,7 +110,7 @@ def test_generate_streams_the_text_and_sums_up_on_stderr(server: ScriptedServer)
     result = run(server, "generate", "Say hello")
     assert (result.exit_code, result.stdout) == (0, "Hello\n")
     costs = "1,234 prompt tokens · 11 answer tokens · first token after 0.25 s · 5.0 tokens/s"
-    assert result.stderr == f"{costs} · ended by max_tokens\n"
+    assert result.stderr == f"{costs} · ended by max tokens\n"
     assert server.requests == [
         pb.GenerateStreamRequest(chat={"messages": [{"role": "user", "content": "Say hello"}]}, sampling={}, stop={})
     ]
@@ -191,7 +191,7 @@ def test_leaving_the_stream_cancels_the_call(server: ScriptedServer) -> None:
 def test_one_token_has_no_rate() -> None:
     finished = pb.Finished(reason=pb.FINISH_REASON_END_OF_SEQUENCE, usage=pb.Usage(prompt_tokens=3, output_tokens=1))
     assert (
-        summary(finished) == "3 prompt tokens · 1 answer tokens · first token after 0.00 s · ended by end_of_sequence"
+        summary(finished) == "3 prompt tokens · 1 answer tokens · first token after 0.00 s · ended by end of sequence"
     )
 
 
