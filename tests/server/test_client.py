@@ -31,10 +31,8 @@ from pagestream.v1.model_pb2_grpc import ModelServiceServicer, add_ModelServiceS
 
 WAIT = 20.0  # seconds, far more than anything here takes
 CTRL_C, CTRL_D = "\x03", "\x04"
-HANG = pb.GenerateStreamResponse()  # in a script: from here on wait until the client has gone
-
-Event = pb.GenerateStreamResponse
-Context = grpc.ServicerContext
+Context, Event = grpc.ServicerContext, pb.GenerateStreamResponse
+HANG = Event()  # in a script: from here on wait until the client has gone
 
 
 def refusal(code: grpc.StatusCode, message: str, *details: ErrorInfo | RetryInfo) -> Status:
