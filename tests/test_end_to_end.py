@@ -124,7 +124,9 @@ def test_a_chat_is_what_apply_template_says(client: Client, oracle_tokenizer: An
 
 def test_the_prompt_is_read_in_chunks_and_progress_says_so(client: Client) -> None:
     answer = client.stream(
-        token_ids=pb.TokenIds(ids=[number % 300 for number in range(500)]), stop=stop(1), output=pb.OutputConfig(progress_interval=Duration())
+        token_ids=pb.TokenIds(ids=[number % 300 for number in range(500)]),
+        stop=stop(1),
+        output=pb.OutputConfig(progress_interval=Duration()),
     )
     computed = [progress.computed_tokens for progress in answer.progress]
     assert computed == sorted(set(computed))
@@ -197,8 +199,9 @@ def test_health_answers_while_a_huge_text_is_tokenised(client: Client, server: S
     other.close()
     took = server.metric("tokenize_seconds_sum")
     p99 = sorted(waits)[int(0.99 * len(waits))]
+    print(f"p99 {p99:.4f} s, worst {max(waits):.4f} s of {len(waits)} calls; tokenised in {took:.2f} s")  # noqa: T201
     assert len(waits) > 20
-    assert p99 < 0.25, f"p99 {p99:.3f} s, worst {max(waits):.3f} s of {len(waits)} calls in {took:.1f} s"
+    assert p99 < 0.25
 
 
 @pytest.mark.slow
@@ -261,7 +264,8 @@ def kill_a_client(server: ServerProcess, events: int) -> None:
 @pytest.mark.slow
 def test_sixteen_streams_of_the_default_model_are_each_as_if_alone(serve: Serve, default_model_path: Path) -> None:
     server = serve(default_model_path, *ONE_THREAD)
-    questions = [f"Name {number + 2} things that are {'very ' * number}blue." for number in range(16)]
+    subjects = "rain bees Rome chess salt Mars tea jazz glass owls paper gold trains wolves bread ice".split()
+    questions = [f"Tell me {'again and ' * length}again about {what}." for length, what in enumerate(subjects)]
     requests = [
         pb.GenerateStreamRequest(
             chat=pb.Chat(messages=[pb.ChatMessage(role="user", content=question)]),
@@ -283,13 +287,13 @@ def test_sixteen_streams_of_the_default_model_are_each_as_if_alone(serve: Serve,
     alone, together = asyncio.run(scenario())
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
-    assert len({answer.text for answer in alone}) > 8, "the questions are too alike to tell answers apart"
+    assert len({answer.text for answer in alone}) > 12, "the questions are too alike to tell answers apart"
     assert server.metric("decode_step_tokens_total") > 0
     server.wait_until_idle()
 
 
 def test_a_server_tells_when_it_is_ready_and_stops_when_told(serve: Serve, default_model_path: Path) -> None:
-    server = serve(default_model_path, ready=False)
+    server = serve(default_model_path, *ONE_THREAD, ready=False)
     client = server.connect()
     watching = client.watch()
     assert next(watching) == NOT_SERVING
@@ -305,7 +309,7 @@ def test_a_server_tells_when_it_is_ready_and_stops_when_told(serve: Serve, defau
 
 
 def test_a_server_that_is_still_loading_stops_when_told(serve: Serve, default_model_path: Path) -> None:
-    server = serve(default_model_path, ready=False)
+    server = serve(default_model_path, *ONE_THREAD, ready=False)
     server.terminate()
     assert server.wait_for_exit() == 0
     assert not any("ready:" in line or "Traceback" in line for line in server.log)
