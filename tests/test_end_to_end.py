@@ -264,7 +264,8 @@ def kill_a_client(server: ServerProcess, events: int) -> None:
 @pytest.mark.slow
 def test_sixteen_streams_of_the_default_model_are_each_as_if_alone(serve: Serve, default_model_path: Path) -> None:
     server = serve(default_model_path, *ONE_THREAD)
-    subjects = "rain bees Rome chess salt Mars tea jazz glass owls paper gold trains wolves bread ice".split()
+    subjects = ("rain", "bees", "Rome", "chess", "salt", "Mars", "tea", "jazz", "glass", "owls", "paper", "gold")
+    subjects += ("trains", "wolves", "bread", "ice")
     questions = [f"Tell me {'again and ' * length}again about {what}." for length, what in enumerate(subjects)]
     requests = [
         pb.GenerateStreamRequest(
