@@ -38,7 +38,8 @@ Contestant = Callable[[list[int]], float]  # a prompt -> seconds per token
 
 @contextlib.contextmanager
 def pagestream(dtype: str) -> Iterator[Contestant]:
-    command = [sys.executable, "-m", "pagestream.server", "serve", "--dtype", dtype, "--grpc-port", "0", "--http-port", "0"]
+    ports = ["--grpc-port", "0", "--http-port", "0"]
+    command = [sys.executable, "-m", "pagestream.server", "serve", "--dtype", dtype, *ports]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own server
     try:
         port = _port_when_ready(server)
@@ -72,7 +73,8 @@ def _stream(stub: GenerationServiceStub, prompt: list[int]) -> float:
 
 
 def hugging_face(path: Path, dtype: str) -> Contestant:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=DTYPES[dtype])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(path.parent, gguf_file=path.name, dtype=torch.float32).to(DTYPES[dtype])
 
     def seconds(prompt: list[int], tokens: int) -> float:
         started = time.perf_counter()

@@ -17,7 +17,15 @@ from pagestream.model.default_model import fetch_default_model
 from pagestream.model.errors import ModelError
 from pagestream.server.chat import run_chat
 from pagestream.server.client import Answer, CallError, Client, UnreachableError, summary
-from pagestream.server.config import Device, Dtype, KvDtype, ServerConfig, default_cache_dir, load_config
+from pagestream.server.config import (
+    Device,
+    Dtype,
+    KvDtype,
+    ServerConfig,
+    default_cache_dir,
+    let_idle_threads_sleep,
+    load_config,
+)
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
 FAILED, USAGE, NO_MODEL, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes; 0 is a clean end
@@ -63,7 +71,7 @@ def serve(
     max_context: Annotated[int | None, _setting("Tokens of prompt and answer.", "the model's")] = None,
     page_size: Annotated[int | None, _setting("Tokens: 16, 32, 64 or 128.", ServerConfig.page_size)] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
-    max_running: Annotated[int | None, _setting("Requests at once.", ServerConfig.max_running)] = None,
+    max_running: Annotated[int | None, _setting("Requests at once.", "64, or the token budget")] = None,
     max_queue_requests: Annotated[int | None, _setting("More are refused.", ServerConfig.max_queue_requests)] = None,
     max_queue_tokens: Annotated[int | None, _setting("Of prompts that wait.", ServerConfig.max_queue_tokens)] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
@@ -83,6 +91,7 @@ def serve(
         settings = load_config(config, flags)
     except ValueError as error:
         _fail(error, USAGE)
+    let_idle_threads_sleep()
     from pagestream.server.app import serve as run_server  # noqa: PLC0415 - torch: seconds that --help need not wait
 
     try:

@@ -23,6 +23,8 @@ from pagestream.server.served import ServedModel
 
 log = logging.getLogger(__name__)
 
+DEFAULT_MAX_RUNNING = 64
+
 
 def assemble(
     config: ServerConfig, metrics: Metrics, publish: Callable[[Publication], None], on_fault: Callable[[], None]
@@ -45,8 +47,9 @@ def assemble(
         progress=_LoadProgress(),
     )
     _warm_up(loaded, config.token_budget)
+    max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
     pool = BlockPool(loaded.plan.num_pages, config.page_size)
-    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=config.max_running)
+    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
     engine = Engine(pool, scheduler, loaded.runner, metrics, limits, publish, on_fault)
     engine.start()
@@ -56,6 +59,7 @@ def assemble(
         engine=engine,
         architecture=loaded.config.architecture,
         parameters=loaded.parameters,
+        vocab_size=loaded.config.vocab_size,
         max_context=loaded.max_context,
         kv_capacity_tokens=loaded.plan.kv_capacity_tokens,
         page_size=config.page_size,

@@ -158,7 +158,8 @@ def summary(finished: Finished) -> str:
     decode = _seconds(timings.decode)
     if decode > 0:  # from the first token to the last: one gap fewer than tokens
         parts.append(f"{(usage.output_tokens - 1) / decode:.1f} tokens/s")
-    parts.append(f"ended by {FinishReason.Name(finished.reason).removeprefix('FINISH_REASON_').lower()}")
+    reason = FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_")
+    parts.append(f"ended by {reason.replace('_', ' ').lower()}")
     return " · ".join(parts)
 
 

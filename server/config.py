@@ -34,6 +34,13 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream"
 
 
+def let_idle_threads_sleep() -> None:
+    """Has torch's threads sleep while they wait for each other, unless the user chose otherwise. By default they spin,
+    and beside any other busy process the spinners take the very time slices that the work needs (README, Decisions).
+    OpenMP reads this once, when torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def parse_size(value: object) -> int:
     """Bytes of "2GiB", "512 MiB", "1.5GB", "65536" or 65536, rounded down. ValueError for anything else."""
     match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, int | str) else None
@@ -86,7 +93,7 @@ def _path(value: object) -> Path:
 class ServerConfig:
     """Everything a server can be told. ValueError names a setting that makes no sense and what is allowed.
 
-    None means: as the machine and the model allow.
+    None means: as the machine, the model and the other settings allow.
     """
 
     model: str = "default"  # a Hugging Face folder, a .gguf file or "default"
@@ -102,7 +109,7 @@ class ServerConfig:
     max_context: int | None = None  # tokens
     page_size: int = 32  # tokens
     token_budget: int = 512  # tokens of one step
-    max_running: int = 64  # requests in one step
+    max_running: int | None = None  # requests in one step; None: 64, or as many as the token budget serves
     max_queue_requests: int = 256
     max_queue_tokens: int = 262_144  # prompt tokens that wait
     drain_seconds: float = 30.0
@@ -112,6 +119,11 @@ class ServerConfig:
         _parse({name: value for name, value in vars(self).items() if value is not None}, where="")
         if self.grpc_port == self.http_port != 0:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
+        if self.max_running is not None and self.token_budget < self.max_running:
+            raise ValueError(
+                f"token_budget {self.token_budget} is below max_running {self.max_running}; "
+                "every running request must get its next token in each step"
+            )
 
 
 _PARSERS: Mapping[str, Parse] = {

@@ -72,7 +72,8 @@ class Server:
                     self._reader.join()
                     raise DemoError(f"the server ended with exit code {code} before it was ready")
                 if self.last_lines:
-                    status.update(Text(self.last_lines[-1], style="dim"))
+                    line = self.last_lines[-1]
+                    status.update(Text(line.partition(": ")[2] or line, style="dim"))  # without time and logger
 
     def stop(self) -> int:
         """The exit code after SIGTERM, or after SIGKILL if it takes too long. Safe to call again."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from pagestream.server.metrics import Metrics
+from tests.support.fakes import CHAT_TEMPLATE, ByteTokenizer
+from tests.support.service import Service
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,22 @@ def make_metrics() -> Callable[..., Metrics]:
         return metrics
 
     return make
+
+
+@pytest.fixture
+def make_service(make_metrics: Callable[..., Metrics]) -> Iterator[Callable[..., Service]]:
+    """Opens services around a chat template and an engine with these settings."""
+    services: list[Service] = []
+
+    def make(template: str | None = CHAT_TEMPLATE, **settings: Any) -> Service:
+        services.append(Service(make_metrics(), ByteTokenizer(template), **settings))
+        return services[-1]
+
+    yield make
+    for service in services:
+        service.close()
+
+
+@pytest.fixture
+def service(make_service: Callable[..., Service]) -> Service:
+    return make_service()

@@ -127,3 +127,9 @@ def test_what_is_not_a_size_is_refused(value: object) -> None:
     if not isinstance(value, str) or not re.match(r"\s*[0-9]", value):
         with pytest.raises(ValueError, match="is not a size"):
             parse_size(value)
+
+
+def test_a_small_token_budget_needs_no_other_setting_but_must_serve_all_that_run() -> None:
+    assert ServerConfig(token_budget=8).token_budget == 8
+    with pytest.raises(ValueError, match="token_budget 8 is below max_running 9"):
+        ServerConfig(token_budget=8, max_running=9)

@@ -24,19 +24,21 @@ from pagestream.server.scheduler import Scheduler
 from tests.support.waiting import WAIT
 
 END = 256  # the token that ends an answer
+LONG = 257  # a token of long text, to fill what lies between server and client
+LONG_TEXT = "long text " * 1000
 CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 )
 
 
 class ByteTokenizer(Tokenizer):
-    """One token for each byte, and one that ends an answer."""
+    """One token for each byte, one that ends an answer, one of long text."""
 
     def __init__(
         self, template: str | None = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     ) -> None:
         super().__init__(
-            TokenText((*(bytes([byte]) for byte in range(256)), b"<end>"), frozenset({END})),
+            TokenText((*(bytes([byte]) for byte in range(256)), b"<end>", LONG_TEXT.encode()), frozenset({END})),
             bos_token_id=None,
             eos_token_ids=[END],
             chat_template=None if template is None else ChatTemplate(template, {}),
@@ -134,6 +136,7 @@ class Rig:
         metrics: Metrics,
         *,
         publish: Callable[[Publication], None] | None = None,
+        on_fault: Callable[[], None] | None = None,
         num_blocks: int = 64,
         block_size: int = 16,
         token_budget: int = 64,
@@ -154,7 +157,7 @@ class Rig:
             metrics,
             limits or QueueLimits(1000, 1_000_000),
             publish or self.recorder.publish,
-            self.gone.set,
+            on_fault or self.gone.set,
             clock,
         )
         self.engine.start()

@@ -1,0 +1,87 @@
+"""Clients beside each other: slow ones, many, and those that ping."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import aio as health
+
+from pagestream.v1 import generation_pb2 as pb
+from tests.support.client import Client
+from tests.support.fakes import LONG, LONG_TEXT
+from tests.support.service import Service, stop
+from tests.support.waiting import WAIT, wait_until
+
+MakeService = Callable[..., Service]
+
+
+def test_a_reader_that_stops_reading_holds_nobody_up(service: Service) -> None:
+    """Its answer is finished and its blocks are free long before it reads on; then it gets all of it."""
+    silent = service.client.open(token_ids=pb.TokenIds(ids=[LONG]), stop=stop(1000))
+    next(silent)
+    other = Client(service.address)
+    assert other.stream(text="ab", stop=stop(200)).text == "ab" * 100
+    wait_until(lambda: service.metrics.snapshot.active_blocks == 0, "the silent one's answer is complete")
+    streams = service.metrics.read().values["grpc_active_streams"]
+    assert streams["/pagestream.v1.GenerationService/GenerateStream",] == 1  # it waits for its reader
+    assert "".join(event.delta.text for event in silent) == LONG_TEXT * 1000
+    other.close()
+
+
+def test_an_id_used_again_while_its_last_reader_is_slow_gets_its_own_answer(service: Service) -> None:
+    slow = service.client.open(token_ids=pb.TokenIds(ids=[LONG]), request_id="id", stop=stop(1000))
+    next(slow)
+    wait_until(lambda: service.metrics.read().values["requests_finished_total"]["max_tokens",] == 1, "it has finished")
+    assert service.client.stream(text="new", request_id="id", stop=stop(6)).text == "newnew"
+    assert "".join(event.delta.text for event in slow) == LONG_TEXT * 1000
+
+
+def test_many_streams_at_once_each_get_their_own_answer(make_service: MakeService) -> None:
+    service = make_service(num_blocks=40, max_running=32, token_budget=64)
+    prompts = [f"prompt {number} " for number in range(40)]
+    with ThreadPoolExecutor(40) as threads:
+        answers = list(threads.map(lambda text: service.client.stream(text=text, stop=stop(60)).text, prompts))
+    assert answers == [(prompt * 60)[:60] for prompt in prompts]
+    wait_until(service.is_idle, "the blocks are free")
+    assert service.rig.pool.num_free == 40
+
+
+def test_pings_during_a_silent_call_get_nobody_sent_away(service: Service) -> None:
+    """The same client is sent away by a server with gRPC's own settings, so the pings are really there."""
+    pings = (("grpc.keepalive_time_ms", 200), ("grpc.keepalive_permit_without_calls", 1))
+    pings += (("grpc.http2.max_pings_without_data", 0),)
+
+    async def open_strict() -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server()
+        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    strict, port = service.run(open_strict())
+    service.rig.runner.hold()
+    pinging, control = Client(service.address, *pings), Client(f"127.0.0.1:{port}", *pings)
+    silent = pinging.open(text="ab", stop=stop(4))
+    assert next(silent).HasField("accepted")
+    with pytest.raises(grpc.RpcError, match="Too many pings"):
+        for _ in control.watch("nothing"):
+            pass
+    service.rig.runner.allow()
+    assert "".join(event.delta.text for event in silent) == "abab"
+    control.close()
+    pinging.close()
+    service.run(strict.stop(None))
+
+
+def test_a_slow_reader_that_leaves_is_forgotten(service: Service) -> None:
+    slow = service.client.open(token_ids=pb.TokenIds(ids=[LONG]), stop=stop(1000))
+    next(slow)
+    wait_until(lambda: service.metrics.snapshot.active_blocks == 0, "its answer is complete")
+    slow.cancel()
+    service.run(asyncio.wait_for(service.streams.all_closed(), WAIT))
+    wait_until(service.is_idle, "its call is over")
