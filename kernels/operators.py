@@ -1,5 +1,5 @@
-"""The operators: their contracts, schemas and boundary checks. What runs is chosen by torch's dispatcher: the C++
-kernel for CPU tensors once it is loaded, else the PyTorch reference.
+"""The operators: their contracts, schemas and boundary checks. What runs is chosen by torch's dispatcher: the
+kernels for the tensors' device once they are loaded, else the PyTorch reference.
 """
 
 from __future__ import annotations

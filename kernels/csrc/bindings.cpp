@@ -1,6 +1,6 @@
-// The operators on CPU tensors. With torch_params.h and bindings_cuda.cpp all that knows torch, through its stable ABI: one
-// library serves every torch >= TORCH_TARGET_VERSION.
-// Shapes and types were checked by the Python functions; what only the contents of tensors tell is checked in plan.h.
+// The operators on CPU tensors. With torch_params.h and bindings_cuda.cpp all that knows torch, through its stable ABI:
+// one library serves every torch >= TORCH_TARGET_VERSION. Shapes and types were checked by the Python functions; what
+// only the contents of tensors tell is checked in plan.h.
 #include <cstring>
 #include <stdexcept>
 #include <string>

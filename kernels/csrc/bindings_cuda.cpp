@@ -49,7 +49,8 @@ const float* floats_of(const std::optional<Tensor>& tensor) {
 // Copies and matrix loads move 16 bytes at a time, query and output 4.
 void check_alignment(const char* name, const Tensor& tensor, int64_t bytes) {
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes == 0;
-  for (int64_t dim = 0; dim < tensor.dim() - 1; ++dim) aligned &= tensor.stride(dim) * tensor.element_size() % bytes == 0;
+  for (int64_t dim = 0; dim < tensor.dim() - 1; ++dim)
+    aligned &= tensor.stride(dim) * static_cast<int64_t>(tensor.element_size()) % bytes == 0;
   STD_TORCH_CHECK(aligned, "paged_attention: ", name, " must be aligned to ", bytes, " bytes in every dimension");
 }
 
@@ -109,8 +110,8 @@ void paged_attention(const Tensor query, const Tensor key_cache, const Tensor va
   const Tensor workspace = given_workspace
                                ? *given_workspace
                                : planned_workspace(query, key_cache, query_starts, context_lengths, window);
-  GpuParams p{make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths, scale, window, out,
-                          stats, page_masses)};
+  GpuParams p{make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths, scale, window,
+                          out, stats, page_masses)};
   p.workspace = Workspace(static_cast<float*>(workspace.data_ptr()), blocks_of(workspace, query.size(2)));
   p.page_shift = __builtin_ctz(static_cast<uint32_t>(p.page_size));
   p.key_scales = floats_of(key_scales);

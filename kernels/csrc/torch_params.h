@@ -23,10 +23,10 @@ inline pagestream::DType dtype_of(const Tensor& tensor) {
   }
 }
 
-inline pagestream::AttentionParams make_params(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                                               const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lengths,
-                                               double scale, int64_t window, const Tensor& out, const std::optional<Tensor>& stats,
-                                               const std::optional<Tensor>& page_masses) {
+inline pagestream::AttentionParams make_params(
+    const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
+    const Tensor& query_starts, const Tensor& context_lengths, double scale, int64_t window, const Tensor& out,
+    const std::optional<Tensor>& stats, const std::optional<Tensor>& page_masses) {
   pagestream::AttentionParams p;
   p.query = query.data_ptr();
   p.out = out.data_ptr();

@@ -1,5 +1,5 @@
-// What lies between the projections of a layer and its attention, in one pass: RMS norm of query and key heads where the
-// model has one, rotary embedding, storing keys and values in their slots, rounded to the cache's type. A warp per
+// What lies between the projections of a layer and its attention, in one pass: RMS norm of query and key heads where
+// the model has one, rotary embedding, storing keys and values in their slots, rounded to the cache's type. A warp per
 // token and head; everything in float32, rounded once.
 #pragma once
 

@@ -1,8 +1,9 @@
 // Paged causal attention for a mixed batch: one block of four warps walks its segments of the plan.
 //
-// Up to 16 query rows (a decode): all warps hold the same rows and each takes its slice of every tile, so the loop needs no
-// block barrier. More rows: 16 per warp, and every warp takes all slices. A segment ends in parts, one per warp; they
-// are merged in shared memory, and when other blocks hold the rest of the row block, in the workspace by the last to arrive.
+// Up to 16 query rows (a decode): all warps hold the same rows and each takes its slice of every tile, so the loop
+// needs no block barrier. More rows: 16 per warp, and every warp takes all slices. A segment ends in parts, one per
+// warp; they are merged in shared memory, and when other blocks hold the rest of the row block, in the workspace by the
+// last to arrive.
 #pragma once
 
 #include "warp_rows.h"
@@ -18,8 +19,8 @@ struct Parts {
   DEVICE const float* at(int i) const { return i == 0 ? first : second + (i - 1) * stride; }
 };
 
-// The union of a row's parts, held by one warp: lane i has output pairs i, i + 32 ... The order of the sums is the order of
-// the keys, whichever block or warp does it.
+// The union of a row's parts, held by one warp: lane i has output pairs i, i + 32 ... The order of the sums is the
+// order of the keys, whichever block or warp does it.
 template <typename T, int kHeadSize, typename Stats>
 class MergedRow {
   static constexpr int kPairs = (kHeadSize / 2 + kWarpSize - 1) / kWarpSize;
@@ -82,7 +83,8 @@ class AttentionBlock {
   using Shape = TileShape<Cache, kHeadSize>;
   using Merged = MergedRow<T, kHeadSize, Stats>;
   static constexpr int kPart = kStateFloats + kHeadSize;  // floats of one row's part
-  static_assert(kWarps * kWarpRows * kPart * int{sizeof(float)} <= Shape::kSharedBytes, "parts reuse the tiles' memory");
+  static_assert(kWarps * kWarpRows * kPart * int{sizeof(float)} <= Shape::kSharedBytes,
+                "parts reuse the tiles' memory");
 
  public:
   static constexpr int kSharedBytes = Shape::kSharedBytes + int{sizeof(Walk)};
@@ -101,7 +103,8 @@ class AttentionBlock {
       attend(segment);
       const Sequence sequence(p_, segment.sequence);  // not before: it would keep registers through the loop
       if (segment.is_whole()) {
-        merge_warps(segment, sequence, [&](int row, const Merged& merged) { merged.write(p_, row_at(segment, sequence, row)); });
+        merge_warps(segment, sequence,
+                    [&](int row, const Merged& merged) { merged.write(p_, row_at(segment, sequence, row)); });
       } else {
         float* part = my_part(segment);
         merge_warps(segment, sequence, [&](int row, const Merged& merged) { merged.store(part + row * kPart); });

@@ -8,7 +8,8 @@ namespace pagestream::gpu {
 
 // One build of attention.cu, for one head size.
 struct AttentionLauncher {
-  const char* (*count_blocks)(int device, int* blocks);  // that the device holds at once: the grid, and what plans are for
+  // The blocks that the device holds at once: the grid, and what plans are for.
+  const char* (*count_blocks)(int device, int* blocks);
   const char* (*run)(const GpuParams&, void* stream);
 };
 

@@ -26,8 +26,8 @@ struct Plan {
   int32_t num_blocks;  // those with work; block i has tiles [total i / n, total (i + 1) / n)
 };
 
-// One allocation: Plan, then per block Start, arrival counter, and two parts of kWideRows rows (a block shares at most its
-// first and its last row block with others).
+// One allocation: Plan, then per block Start, arrival counter, and two parts of kWideRows rows (a block shares at most
+// its first and its last row block with others).
 struct Workspace {
   Plan* plan;
   Start* starts;

@@ -1,6 +1,6 @@
-// Who does what. The work of a call is a list of KV tiles: sequences, in each its KV heads, in each its row blocks, in each
-// the tiles that the rows see. Blocks of threads take equal contiguous ranges of that list (stream-K), so none waits for
-// the longest sequence. The list is never stored: a range is its first tile, and lengths say how to go on.
+// Who does what. The work of a call is a list of KV tiles: sequences, in each its KV heads, in each its row blocks, in
+// each the tiles that the rows see. Blocks of threads take equal contiguous ranges of that list (stream-K), so none
+// waits for the longest sequence. The list is never stored: a range is its first tile, and lengths say how to go on.
 #pragma once
 
 #include <machine.h>
@@ -160,7 +160,10 @@ class Planner {
     int low = 0, high = kPlanThreads - 1;  // the first run that ends beyond `tile`
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (run_ends_[middle] > tile) high = middle; else low = middle + 1;
+      if (run_ends_[middle] > tile)
+        high = middle;
+      else
+        low = middle + 1;
     }
     if (low > 0) tile -= run_ends_[low - 1];
     int s = low * run_;
@@ -173,7 +176,8 @@ class Planner {
     tile %= per_head;
     int row_block = 0;
     const Sequence sequence(p_, s);
-    for (int tiles; tile >= (tiles = keys_of_block(sequence, row_block, p_.window).num_tiles()); ++row_block) tile -= tiles;
+    for (int tiles; tile >= (tiles = keys_of_block(sequence, row_block, p_.window).num_tiles()); ++row_block)
+      tile -= tiles;
     return {s, head, row_block, static_cast<int32_t>(tile)};
   }
 

@@ -9,8 +9,8 @@ namespace pagestream::gpu {
 // Finite: with -inf a row without keys would turn 0 * -inf into NaN. Such a row gets weights 1 at this shift; merging
 // with any real score multiplies them by 2^-1e30 = 0.
 constexpr float kMasked = -1e30f;
-// The shift follows the maximum only when it has grown by this much (FlashAttention 4): weights stay below 2^8, which fp16
-// holds, and most slices rescale nothing.
+// The shift follows the maximum only when it has grown by this much (FlashAttention 4): weights stay below 2^8, which
+// fp16 holds, and most slices rescale nothing.
 constexpr float kLazyShift = 8;
 
 template <typename T, typename Combine>

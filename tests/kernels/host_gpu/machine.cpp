@@ -65,7 +65,7 @@ struct Fibre {
 
 class Block {
  public:
-  Block(int index, int num_threads, size_t shared_bytes, std::mt19937& random, const std::function<void(unsigned char*)>& kernel)
+  Block(int index, int num_threads, size_t shared_bytes, std::mt19937& random, const Kernel& kernel)
       : index_(index), fibres_(num_threads), random_(random), kernel_(kernel) {
     shared_ = static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128));
     std::memset(shared_, 0xff, shared_bytes);  // NaN in every type
@@ -82,7 +82,7 @@ class Block {
       for (const int warp : order) run_warp(warp);
       if (all_at(Stop::kBlockBarrier))
         for (Fibre& fibre : fibres_) fibre.stop = Stop::kStart;
-      else if (std::any_of(fibres_.begin(), fibres_.end(), [](const Fibre& f) { return f.stop == Stop::kBlockBarrier; }))
+      else if (any_at(Stop::kBlockBarrier))
         fail("some threads wait at a barrier that others never reach");
     }
   }
@@ -103,7 +103,7 @@ class Block {
   static void prepare(Fibre& fibre, unsigned char* stack) {
     ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);  // the last user never returned from enter()
     auto top = reinterpret_cast<uintptr_t>(stack + kStackBytes) / 16 * 16 - 8;  // as after a call
-    auto** frame = reinterpret_cast<void**>(top) - 7;                                      // six registers, then the return
+    auto** frame = reinterpret_cast<void**>(top) - 7;  // six registers, then the return
     std::memset(frame, 0, 7 * sizeof(void*));
     frame[6] = reinterpret_cast<void*>(&Block::enter);
     fibre.stack_pointer = frame;
@@ -127,13 +127,16 @@ class Block {
     }
   }
 
+  bool any_at(Stop stop) const {
+    return std::any_of(fibres_.begin(), fibres_.end(), [stop](const Fibre& f) { return f.stop == stop; });
+  }
   bool all_at(Stop stop) const {
     return std::all_of(fibres_.begin(), fibres_.end(), [stop](const Fibre& f) { return f.stop == stop; });
   }
 
   unsigned char* shared_;
   void* scheduler_ = nullptr;
-  const std::function<void(unsigned char*)>& kernel_;
+  const Kernel& kernel_;
 };
 
 Block* block = nullptr;  // the one that runs
@@ -150,7 +153,7 @@ void land(const Copy& copy) {
 
 }  // namespace
 
-void launch(int num_blocks, int num_threads, size_t shared_bytes, uint32_t seed, const std::function<void(unsigned char*)>& kernel) {
+void launch(int num_blocks, int num_threads, size_t shared_bytes, uint32_t seed, const Kernel& kernel) {
   std::mt19937 random(seed);
   std::vector<int> order(num_blocks);
   std::iota(order.begin(), order.end(), 0);
@@ -173,7 +176,8 @@ void meet(WarpOperation operation, void* lane) {
 }
 
 void copy_async(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % kCopyBytes != 0 || (valid && reinterpret_cast<uintptr_t>(global) % kCopyBytes != 0))
+  const auto from = reinterpret_cast<uintptr_t>(valid ? global : shared), to = reinterpret_cast<uintptr_t>(shared);
+  if (from % kCopyBytes != 0 || to % kCopyBytes != 0)
     fail("copy not aligned to 16 bytes");
   const Copy copy{static_cast<unsigned char*>(shared), valid ? static_cast<const unsigned char*>(global) : nullptr};
   if (block->random_() % 2 == 0) return land(copy);

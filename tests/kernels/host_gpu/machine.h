@@ -1,8 +1,8 @@
 // The machine of kernels/csrc/cuda/device/machine.h, executed on a CPU: what the CUDA kernels ask for, with its exact
-// meaning and none of its timing. A block's threads are fibres. A warp's lanes run one after the other, in random order,
-// up to the next warp operation, barrier or end; there they must all meet. Whatever is left open by the rules is made as
-// hostile as the rules allow: shared memory starts as NaN, an asynchronous copy leaves NaN until it lands, which is at once
-// or at the wait that covers it, by the toss of a coin, and blocks run in random order.
+// meaning and none of its timing. A block's threads are fibres. A warp's lanes run one after the other, in random
+// order, up to the next warp operation, barrier or end; there they must all meet. Whatever is left open by the rules is
+// made as hostile as the rules allow: shared memory starts as NaN, an asynchronous copy leaves NaN until it lands,
+// which is at once or at the wait that covers it, by the toss of a coin, and blocks run in random order.
 #pragma once
 
 #include <cmath>
@@ -36,7 +36,7 @@ inline void from_float(float x, Float8& to) {
     return;
   }
   const float magnitude = std::fmin(std::fabs(x), 448.0f);
-  int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);  // below 2^-6 subnormals keep this exponent's spacing
+  int exponent = magnitude < 0x1p-6f ? -6 : std::ilogb(magnitude);  // subnormals keep the spacing of 2^-6
   auto eighths = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
   if (eighths == 16) {
     eighths = 8;
@@ -47,8 +47,10 @@ inline void from_float(float x, Float8& to) {
 
 constexpr int kWarpSize = 32;
 
-// Runs kernel(shared) in every thread of every block. Exits with a message when lanes of a warp meet at different places.
-void launch(int num_blocks, int num_threads, size_t shared_bytes, uint32_t seed, const std::function<void(unsigned char*)>& kernel);
+// Runs kernel(shared) in every thread of every block. Exits with a message when lanes of a warp meet at different
+// places.
+using Kernel = std::function<void(unsigned char* shared)>;
+void launch(int num_blocks, int num_threads, size_t shared_bytes, uint32_t seed, const Kernel& kernel);
 
 int thread_index();
 int block_index();

@@ -1,6 +1,6 @@
-// Executes CUDA kernels on the CPU for test_cuda_source_on_host.py. Requests come on stdin and answers go to stdout, both
-// as int64 sizes and raw arrays; host_gpu.py is the other end. Each array lies in an allocation of exactly its size, so
-// that AddressSanitizer sees every access beyond it.
+// Executes CUDA kernels on the CPU for test_cuda_source_on_host.py. Requests come on stdin and answers go to stdout,
+// both as int64 sizes and raw arrays; host_gpu.py is the other end. Each array lies in an allocation of exactly its
+// size, so that AddressSanitizer sees every access beyond it.
 #include <machine.h>
 
 #include <memory>
@@ -41,7 +41,8 @@ class Array {
 };
 
 struct Sizes {
-  int64_t command, seed, num_blocks, cache_dtype, num_sequences, num_heads, num_kv_heads, head_size, page_size, max_pages, window;
+  int64_t command, seed, num_blocks, cache_dtype, num_sequences, num_heads, num_kv_heads, head_size, page_size;
+  int64_t max_pages, window;
   int64_t query_token_stride, query_head_stride, page_stride, head_stride;
   double scale;  // append: epsilon
 };
@@ -62,7 +63,8 @@ void attend(const GpuParams& p, uint32_t seed) {
 template <typename T, typename Cache, int kHeadSize>
 void attend(const GpuParams& p, uint32_t seed) {
   const bool with_statistics = p.stats != nullptr || p.page_masses != nullptr;
-  with_statistics ? attend<T, Cache, kHeadSize, Statistics>(p, seed) : attend<T, Cache, kHeadSize, NoStatistics>(p, seed);
+  with_statistics ? attend<T, Cache, kHeadSize, Statistics>(p, seed)
+                  : attend<T, Cache, kHeadSize, NoStatistics>(p, seed);
 }
 
 template <typename T, typename Cache>
@@ -76,7 +78,8 @@ void attend(const GpuParams& p, uint32_t seed) {
   }
 }
 
-// Every segment of every block, as seven int64: block, sequence, KV head, row block, tile, tiles, tiles of the row block.
+// Every segment of every block, as seven int64: block, sequence, KV head, row block, tile, tiles, tiles of the row
+// block.
 void send_segments(const GpuParams& p) {
   std::vector<int64_t> all;
   Walk walk;
@@ -157,7 +160,8 @@ void serve_append(const Sizes& sizes) {
 
 void serve(const Sizes& sizes) {
   if (sizes.command == kAppend) return serve_append(sizes);
-  Array starts, lengths, workspace, query, keys, values, key_scales, value_scales, tables, out, stats, page_masses, slice_masses;
+  Array starts, lengths, workspace, query, keys, values, key_scales, value_scales, tables;
+  Array out, stats, page_masses, slice_masses;
   GpuParams p = params_of(sizes);
   p.query_starts = starts.as<int32_t>();
   p.context_lengths = lengths.as<int32_t>();

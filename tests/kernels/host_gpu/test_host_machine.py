@@ -29,19 +29,19 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_broken_kernel_is_noticed(host_gpu, helpers, tmp_path, name):
-    conftest = host_gpu.sources
+    folders = host_gpu.sources
     file, line, replacement = MUTANTS[name]
-    csrc = shutil.copytree(conftest.csrc, tmp_path / "csrc")
+    csrc = shutil.copytree(folders.csrc, tmp_path / "csrc")
     source = (csrc / "cuda" / file).read_text()
     assert line in source
     (csrc / "cuda" / file).write_text(source.replace(line, replacement, 1) if line else source)
     # One instance is enough, and compiles in seconds.
-    main = re.sub(r"case (80|96|128): .*\n", "", (conftest.host / "main.cpp").read_text())
+    main = re.sub(r"case (80|96|128): .*\n", "", (folders.host / "main.cpp").read_text())
     main = re.sub(r"case DType::kFloat16: .*\n|default: a(ttend|ppend)<BFloat16, Float8>.*\n", "", main)
     (tmp_path / "main.cpp").write_text(main)
     program = tmp_path / "host_gpu"
-    includes = (f"-I{conftest.host}", f"-I{csrc}")
-    sources = (conftest.host / "machine.cpp", tmp_path / "main.cpp")
+    includes = (f"-I{folders.host}", f"-I{csrc}")
+    sources = (folders.host / "machine.cpp", tmp_path / "main.cpp")
     command = (shutil.which("g++"), "-std=c++17", "-O1", "-w", *includes, *sources, "-o", program)
     subprocess.run(command, check=True)
     machine = type(host_gpu)(program, host_gpu.sources)

@@ -1,6 +1,6 @@
-// What kernels may ask of the machine: the only file with PTX. Kernel headers say `#include <machine.h>`; the include path
-// decides between this file and tests/kernels/host_gpu/machine.h, which executes the same kernels on a CPU. So no kernel
-// needs an #ifdef, and what runs without a GPU is the very source that is compiled for one.
+// What kernels may ask of the machine: the only file with PTX. Kernel headers say `#include <machine.h>`; the include
+// path decides between this file and tests/kernels/host_gpu/machine.h, which executes the same kernels on a CPU. So no
+// kernel needs an #ifdef, and what runs without a GPU is the very source that is compiled for one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,8 +21,8 @@ struct Float8 {  // e4m3
 
 constexpr int kWarpSize = 32;
 
-// Blocks that a multiprocessor should hold at once; caps registers at 65536 / (128 threads x blocks). Before sm_90 shared
-// memory has room for two at most.
+// Blocks that a multiprocessor should hold at once; caps registers at 65536 / (128 threads x blocks). Before sm_90
+// shared memory has room for two at most.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr int kBlocksPerMultiprocessor = 3;
 #else
@@ -73,8 +73,9 @@ DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four or two 8x8 matrices of 16-bit elements. Lane i passes the address of row i % 8 of matrix i / 8 (of two: lanes 16 to 31
-// pass any) and receives, of each matrix, elements 2 (lane % 4) and the next one of row lane / 4, transposed: of column lane / 4.
+// Four or two 8x8 matrices of 16-bit elements. Lane i passes the address of row i % 8 of matrix i / 8 (of two: lanes 16
+// to 31 pass any) and receives, of each matrix, elements 2 (lane % 4) and the next one of row lane / 4, transposed: of
+// column lane / 4.
 DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -84,7 +85,10 @@ DEVICE void load_matrices(uint32_t (&r)[4], const void* shared_row) {
 }
 DEVICE void load_matrices(uint32_t (&r)[2], const void* shared_row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(from)
+               : "memory");
 }
 DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
@@ -101,8 +105,9 @@ DEVICE void load_matrices_transposed(uint32_t (&r)[2], const void* shared_row) {
                : "memory");
 }
 
-// c[16, 8] += a[16, 16] b[16, 8]. Lane holds, with g = lane / 4 and q = lane % 4: c = (g, 2q), (g, 2q + 1), (g + 8, 2q),
-// (g + 8, 2q + 1); a = pairs from (g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8); b0, b1 = pairs from (2q, g), (2q + 8, g).
+// c[16, 8] += a[16, 16] b[16, 8]. Lane holds, with g = lane / 4 and q = lane % 4: c = (g, 2q), (g, 2q + 1), (g + 8,
+// 2q), (g + 8, 2q + 1); a = pairs from (g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8); b0, b1 = pairs from (2q, g),
+// (2q + 8, g).
 DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
