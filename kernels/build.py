@@ -102,13 +102,13 @@ def _compile(compiler: str, folder: Path) -> None:
     started = time.monotonic()
     torch_folder = Path(torch.__file__).parent
     commands = {
-        f"{source}_{isa}.o": [
+        f"{name}_{isa}.o": [
             *flags,
-            f"-DPAGESTREAM_ISA=pagestream_{source}_{isa}",
+            f"-DPAGESTREAM_ISA=pagestream_{name}_{isa}",
             "-c",
-            str(_SOURCES / f"{source}.cpp"),
+            str(_SOURCES / f"{name}.cpp"),
         ]
-        for source, builds in _builds().items()
+        for name, builds in _builds().items()
         for isa, flags in builds.items()
     }
     commands["bindings.o"] = [

@@ -129,7 +129,7 @@ def paged_attention(
 
 
 def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, *, out: Tensor) -> None:  # noqa: A002
-    """`out` [M, N] = `input` [M, K] times the transpose of a weight [N, K] packed as in packing.py (`mins` None: 8-bit).
+    """`out` [M, N] = `input` [M, K] times the transpose of a weight [N, K] packed as in packing.py (8-bit: no mins).
 
     The input is rounded to integers, symmetric, for each row and group of 32: x = s * q, s = max |x| / 127. A group's
     dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
@@ -192,6 +192,8 @@ def _check_device(reference_tensor: Tensor, *tensors: _Named) -> None:
 def _check_dense(*tensors: _Named, dims: int, dense: int) -> None:
     """`dims` dimensions, of which the last `dense` lie contiguously (a dimension of size 1 may have any stride)."""
     for name, tensor in tensors:
+        if tensor.dim() == dims and tensor.is_contiguous():
+            continue
         shape, strides = tensor.shape, tensor.stride()
         if len(shape) != dims:
             raise ValueError(f"{name} must have {dims} dimensions; it has shape {tuple(shape)}")

@@ -6,8 +6,8 @@ A weight [N, K] is cut into groups of 32 along its inputs, each a scale times in
     4 bits: scale * code + min            codes 0 to 15
 
 Packed: codes uint8 [N / 16, K / 32, 512], 8 quads of inputs x 16 outputs x 4 inputs; with 4 bits [N / 16, K / 32,
-256], where a byte holds quad q in its low and quad q + 4 in its high half. Scales and mins float16 [N / 16, K / 32, 16].
-N is padded with zeros.
+256], where a byte holds quad q in its low and quad q + 4 in its high half. Scales and mins are float16 [N / 16, K / 32,
+16]. N is padded with zeros.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def paged_attention(
 def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) -> None:  # noqa: A002
     rows = torch.arange(out.shape[1], device=out.device)
     weight = packing.unpack_rows(codes, scales, mins, rows)  # float32 [N, K]
-    groups = input.float().unflatten(1, (-1, packing.GROUP))  # [M, G, 32]
+    groups = torch.unflatten(input.float(), 1, (-1, packing.GROUP))  # [M, G, 32]
     largest = groups.abs().amax(-1, keepdim=True)
     steps = torch.full_like(largest, 127) / largest  # 127 / largest would multiply by a rounded reciprocal
     rounded = torch.round(groups * torch.where(largest < packing.SMALLEST, 0, steps))

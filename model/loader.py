@@ -37,7 +37,7 @@ class LoadedModel:
     plan: MemoryPlan
     parameters: int
     device: str  # a torch device
-    dtype: str  # of weights and arithmetic, a key of DTYPES
+    dtype: str  # a key of DTYPES
     kv_dtype: str  # a key of KV_DTYPES
 
     @property

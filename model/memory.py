@@ -71,7 +71,8 @@ def plan_memory(
     kv_memory: int | None,
     available: int,
 ) -> MemoryPlan:
-    """`bits` of the matrices that stay quantised, by name; `max_context`, `page_size` and `token_budget` in tokens, `kv_memory` and `available` in bytes.
+    """`bits` of the matrices that stay quantised; `max_context`, `page_size` and `token_budget` in tokens, `kv_memory`
+    and `available` in bytes.
 
     Without `kv_memory` the pool holds 16 requests of `max_context` or takes half of what weights and activations
     leave, whichever is less. Raises NotEnoughMemoryError where the plan does not fit `available`, or the pool not

@@ -32,7 +32,7 @@ class Groups:
         return Groups(rows(self.codes), rows(self.scales), None if self.mins is None else rows(self.mins))
 
     def above(self, other: Groups) -> Groups:
-        """This matrix with `other`, of equal bits, under it."""
+        """The rows of `other`, of equal bits, under its own."""
         mins = None if self.mins is None or other.mins is None else torch.cat((self.mins, other.mins))
         return Groups(torch.cat((self.codes, other.codes)), torch.cat((self.scales, other.scales)), mins)
 
@@ -54,11 +54,11 @@ def quantize(matrix: torch.Tensor, bits: Bits) -> Groups:
     """To the nearest codes. 8 bits: symmetric, the largest magnitude of a group is code 127 from the middle. 4 bits:
     from the least to the largest value of a group in 15 steps. A few rows at a time, to need little more memory.
     """
-    return functools.reduce(Groups.above, (_quantize_rows(rows, bits) for rows in matrix.split(_ROWS_AT_ONCE)))
+    return functools.reduce(Groups.above, (_quantize_rows(rows, bits) for rows in torch.split(matrix, _ROWS_AT_ONCE)))
 
 
 def _quantize_rows(matrix: torch.Tensor, bits: Bits) -> Groups:
-    groups = matrix.float().unflatten(1, (-1, GROUP))  # [N, K / 32, 32]
+    groups = torch.unflatten(matrix.float(), 1, (-1, GROUP))  # [N, K / 32, 32]
     if bits == 8:
         scales = (groups.abs().amax(-1) / 127).half()
         codes = torch.round(groups / _divisor(scales)).clamp(-127, 127) + 128

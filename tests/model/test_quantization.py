@@ -1,4 +1,4 @@
-"""Weights that stay quantised: repacked exactly, quantised well, counted to the byte, and a network that still agrees."""
+"""Weights that stay quantised: repacked exactly, rounded well, and a network that still agrees."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_which_tensors_are_quantized() -> None:
         "lm_head.weight": (96, 64),
     }
     assert choose_bits(shapes, 4, {"model.layers.0.self_attn.q_proj.weight": 8, "lm_head.weight": 4}) == {
-        "model.embed_tokens.weight": 8,  # a lookup and the head choose tokens: never fewer bits than asked of a file
+        "model.embed_tokens.weight": 8,
         "model.layers.0.mlp.up_proj.weight": 4,
         "model.layers.0.self_attn.q_proj.weight": 8,  # the file's own
         "lm_head.weight": 4,  # the file's own
