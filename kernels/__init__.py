@@ -1,5 +1,5 @@
-"""One public function per operator: `paged_attention`, `store_kv`."""
+"""One public function per operator."""
 
-from pagestream.kernels.operators import paged_attention, store_kv
+from pagestream.kernels.operators import dequantize, paged_attention, quantized_linear, store_kv
 
-__all__ = ["paged_attention", "store_kv"]
+__all__ = ["dequantize", "paged_attention", "quantized_linear", "store_kv"]

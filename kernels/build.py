@@ -1,7 +1,7 @@
 """Compiles and loads the CPU kernels: g++ called directly, into the user's cache folder, at first use or by
 `python -m pagestream.kernels.build`. The only place that reads the environment:
 
-PAGESTREAM_CPU_ISA: auto (default), avx512, avx2, baseline, or reference (no C++ at all).
+PAGESTREAM_CPU_ISA: auto (default), vnni, avx512, avx2, baseline, or reference (no C++ at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
 """
 
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,14 @@ _TORCH_TARGET = (
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-_X86_ISAS = {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)}  # best first
-_OTHER_ISAS: dict[str, tuple[str, ...]] = {"baseline": ()}
+_VNNI = (*_AVX512, "-mavx512vnni")
+# Flags of every build of a source. What an instruction set runs is the best of them: kernels_named in bindings.cpp.
+_Builds = Mapping[str, Mapping[str, tuple[str, ...]]]
+_X86_BUILDS: _Builds = {
+    "attention": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+    "linear": {"vnni": _VNNI, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+}
+_OTHER_BUILDS: _Builds = {"attention": {"baseline": ()}, "linear": {"baseline": ()}}
 
 
 class BuildError(RuntimeError):
@@ -46,12 +52,21 @@ class Status:
     """What serves CPU tensors in this process."""
 
     implementation: str  # "cpp" or "reference"
-    isa: str  # "avx512", "avx2", "baseline"; "none" for the reference
+    isa: str  # one of _isas(); "none" for the reference
     detail: str  # path of the library, or why there is none
 
 
-def _isas() -> dict[str, tuple[str, ...]]:
-    return _X86_ISAS if platform.machine() == "x86_64" else _OTHER_ISAS
+def _is_x86() -> bool:
+    return platform.machine() == "x86_64"
+
+
+def _builds() -> _Builds:
+    return _X86_BUILDS if _is_x86() else _OTHER_BUILDS
+
+
+def _isas() -> tuple[str, ...]:
+    """Best first; each has what the next one has."""
+    return ("vnni", "avx512", "avx2", "baseline") if _is_x86() else ("baseline",)
 
 
 def build() -> Path:
@@ -75,7 +90,7 @@ def build() -> Path:
 
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603  # the user's own CXX
-    digest = hashlib.sha256(repr((version, _FLAGS, _isas(), _TORCH_TARGET)).encode())
+    digest = hashlib.sha256(repr((version, _FLAGS, _builds(), _TORCH_TARGET)).encode())
     for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -87,8 +102,14 @@ def _compile(compiler: str, folder: Path) -> None:
     started = time.monotonic()
     torch_folder = Path(torch.__file__).parent
     commands = {
-        f"{isa}.o": [*flags, f"-DPAGESTREAM_ISA=pagestream_{isa}", "-c", str(_SOURCES / "attention.cpp")]
-        for isa, flags in _isas().items()
+        f"{name}_{isa}.o": [
+            *flags,
+            f"-DPAGESTREAM_ISA=pagestream_{name}_{isa}",
+            "-c",
+            str(_SOURCES / f"{name}.cpp"),
+        ]
+        for name, builds in _builds().items()
+        for isa, flags in builds.items()
     }
     commands["bindings.o"] = [
         _TORCH_TARGET,
@@ -128,9 +149,7 @@ def load() -> Status:
         path = str(build())
         ctypes.CDLL(path)  # registers its operators with torch
     except (BuildError, OSError) as error:
-        warnings.warn(
-            f"pagestream runs its slow reference attention on this CPU: {error}", RuntimeWarning, stacklevel=3
-        )
+        warnings.warn(f"pagestream runs its slow reference kernels on this CPU: {error}", RuntimeWarning, stacklevel=3)
         return Status("reference", "none", str(error))
     for isa in _isas() if wanted == "auto" else (wanted,):
         if _select(path, isa):

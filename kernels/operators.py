@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pagestream.kernels import reference
+from pagestream.kernels import packing, reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PAGE_SIZES = (16, 32, 64, 128)
@@ -23,8 +23,14 @@ torch.library.define(
     "pagestream::store_kv",
     "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
 )
+torch.library.define(
+    "pagestream::quantized_linear", "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()"
+)
+torch.library.define("pagestream::dequantize", "(Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()")
 torch.library.impl("pagestream::paged_attention", "CompositeExplicitAutograd", reference.paged_attention)
 torch.library.impl("pagestream::store_kv", "CompositeExplicitAutograd", reference.store_kv)
+torch.library.impl("pagestream::quantized_linear", "CompositeExplicitAutograd", reference.quantized_linear)
+torch.library.impl("pagestream::dequantize", "CompositeExplicitAutograd", reference.dequantize)
 
 
 def _nothing_to_shape(*_args: object) -> None:
@@ -33,6 +39,8 @@ def _nothing_to_shape(*_args: object) -> None:
 
 torch.library.register_fake("pagestream::paged_attention", _nothing_to_shape)
 torch.library.register_fake("pagestream::store_kv", _nothing_to_shape)
+torch.library.register_fake("pagestream::quantized_linear", _nothing_to_shape)
+torch.library.register_fake("pagestream::dequantize", _nothing_to_shape)
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -120,6 +128,36 @@ def paged_attention(
     )
 
 
+def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, *, out: Tensor) -> None:  # noqa: A002
+    """`out` [M, N] = `input` [M, K] times the transpose of a weight [N, K] packed as in packing.py (8-bit: no mins).
+
+    The input is rounded to integers, symmetric, for each row and group of 32: x = s * q, s = max |x| / 127. A group's
+    dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
+    beside it; a NaN in a row makes the row NaN. `input` and `out` share one of float32, bfloat16, float16.
+    Raises ValueError for a wrong dtype, device, layout or shape.
+    """
+    _check_floats(("input", input), ("out", out))
+    _check_packed(codes, scales, mins)
+    _check_device(input, ("out", out), ("codes", codes))
+    _check_dense(("input", input), ("out", out), dims=2, dense=1)
+    rows, blocks = len(input), len(codes)
+    _check_shape(("input", input, (rows, codes.shape[1] * packing.GROUP)), ("out", out, (rows, out.shape[1])))
+    if -(-out.shape[1] // packing.BLOCK) != blocks:
+        raise ValueError(f"out has {out.shape[1]} columns, codes {blocks} blocks of {packing.BLOCK}")
+    _load_cpu_kernels(input)
+    torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out)
+
+
+def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
+    """A packed weight, transposed, in bfloat16 [K, N padded to blocks of 16]. Raises ValueError as quantized_linear."""
+    _check_packed(codes, scales, mins)
+    _load_cpu_kernels(codes)
+    blocks, groups = codes.shape[:2]
+    out = codes.new_empty((groups * packing.GROUP, blocks * packing.BLOCK), dtype=torch.bfloat16)
+    torch.ops.pagestream.dequantize.default(codes, scales, mins, out)
+    return out
+
+
 def _load_cpu_kernels(tensor: Tensor) -> None:
     if tensor.device.type == "cpu":
         from pagestream.kernels import build  # noqa: PLC0415  # here, so that `python -m pagestream.kernels.build` runs it once
@@ -154,6 +192,8 @@ def _check_device(reference_tensor: Tensor, *tensors: _Named) -> None:
 def _check_dense(*tensors: _Named, dims: int, dense: int) -> None:
     """`dims` dimensions, of which the last `dense` lie contiguously (a dimension of size 1 may have any stride)."""
     for name, tensor in tensors:
+        if tensor.dim() == dims and tensor.is_contiguous():
+            continue
         shape, strides = tensor.shape, tensor.stride()
         if len(shape) != dims:
             raise ValueError(f"{name} must have {dims} dimensions; it has shape {tuple(shape)}")
@@ -168,6 +208,17 @@ def _check_shape(*tensors: tuple[str, Tensor, tuple[int, ...]]) -> None:
     for name, tensor, expected in tensors:
         if tensor.shape != expected:
             raise ValueError(f"{name} must have shape {tuple(expected)}; it has {tuple(tensor.shape)}")
+
+
+def _check_packed(codes: Tensor, scales: Tensor, mins: Tensor | None) -> None:
+    groups = [("scales", scales), *([("mins", mins)] if mins is not None else [])]
+    _check_dtype(torch.uint8, ("codes", codes))
+    _check_dtype(torch.float16, *groups)
+    _check_device(codes, *groups)
+    _check_dense(("codes", codes), *groups, dims=3, dense=3)
+    code_bytes = packing.BLOCK * packing.GROUP // (1 if mins is None else 2)
+    expected = (*codes.shape[:2], packing.BLOCK)
+    _check_shape(("codes", codes, (*expected[:2], code_bytes)), *((name, tensor, expected) for name, tensor in groups))
 
 
 def _check_cache_shapes(key_cache: Tensor, value_cache: Tensor) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "fp32", "bf16"]
+Dtype = Literal["auto", "fp32", "bf16", "int8", "int4"]
 KvDtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 Parse = Callable[[object], object]  # what a file or a flag says -> the value, or ValueError with what is allowed
