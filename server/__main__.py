@@ -66,6 +66,9 @@ def serve(
     max_running: Annotated[int | None, _setting("Requests at once.", "64, or the token budget")] = None,
     max_queue_requests: Annotated[int | None, _setting("More are refused.", ServerConfig.max_queue_requests)] = None,
     max_queue_tokens: Annotated[int | None, _setting("Of prompts that wait.", ServerConfig.max_queue_tokens)] = None,
+    slow_reader_seconds: Annotated[
+        float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
+    ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
 ) -> None:

@@ -12,6 +12,7 @@ from pagestream.model.default_model import resolve_model
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.model.tokenizer import load_tokenizer
+from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
 from pagestream.server.engine import Engine
@@ -51,7 +52,8 @@ def assemble(
     pool = BlockPool(loaded.plan.num_pages, config.page_size)
     scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
-    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, publish, on_fault)
+    readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
+    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, readers, publish, on_fault)
     engine.start()
     model = ServedModel(
         name=loaded.name,

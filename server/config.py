@@ -105,6 +105,7 @@ class ServerConfig:
     max_running: int | None = None  # requests in one step; None: 64, or as many as the token budget serves
     max_queue_requests: int = 256
     max_queue_tokens: int = 262_144  # prompt tokens that wait
+    slow_reader_seconds: float = 30.0  # how long a stream may wait for its reader
     drain_seconds: float = 30.0
     cache_dir: Path = field(default_factory=default_cache_dir)
 
@@ -135,6 +136,7 @@ _PARSERS: Mapping[str, Parse] = {
     "max_running": _integer(1),
     "max_queue_requests": _integer(1),
     "max_queue_tokens": _integer(1),
+    "slow_reader_seconds": _seconds,
     "drain_seconds": _seconds,
     "cache_dir": _path,
 }

@@ -15,8 +15,15 @@ from typing import Protocol
 
 from pagestream.model.sampling import NonFiniteLogitsError
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
+from pagestream.server.backpressure import Backpressure, ReaderLimits
 from pagestream.server.block_pool import BlockPool
-from pagestream.server.errors import DeadlineExceededError, DrainingError, EngineFaultError, RequestError
+from pagestream.server.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineFaultError,
+    RequestError,
+    SlowReaderError,
+)
 from pagestream.server.events import Failed
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
@@ -49,6 +56,7 @@ class Engine:
         runner: Runner,
         metrics: Metrics,
         limits: QueueLimits,
+        readers: ReaderLimits,
         publish: Callable[[Publication], None],
         on_fault: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -61,6 +69,7 @@ class Engine:
         self._on_fault = on_fault
         self.clock = clock
         self.inbox = Inbox(limits, clock)
+        self._backpressure = Backpressure(readers, scheduler, metrics, clock)
         self._jobs: dict[str, Job] = {}
         self._deadlines: list[tuple[float, str]] = []  # heap
         self._publication: Publication = []
@@ -84,6 +93,7 @@ class Engine:
         try:
             while self._take_mail():
                 self._expire_deadlines()
+                self._expire_slow_readers()
                 self._step()
                 self._report()
             self._end_all(FinishReason.SHUTDOWN, DrainingError("the server is shutting down", 1.0))
@@ -94,7 +104,7 @@ class Engine:
 
     def _take_mail(self) -> bool:
         """Waits for work, applies what arrived, and says whether to go on."""
-        mail = self.inbox.take(wait=not self._scheduler.has_work)
+        mail = self.inbox.take(self._seconds_to_wait())
         for job in mail.arrivals:
             self._jobs[job.request.request_id] = job
             self._scheduler.admit(job.request)
@@ -104,7 +114,20 @@ class Engine:
             if not job.is_finished:  # it may have ended by itself meanwhile
                 self._end(job, FinishReason.CANCELLED)
                 self._metrics.observe_cancel_release("client", self.clock() - seen)
+        for job, tokens in mail.reads:
+            self._backpressure.read(job, tokens)
         return not mail.stopping
+
+    def _seconds_to_wait(self) -> float | None:
+        """Not at all while there is work; while all that live are paused, until one has run out of time."""
+        if self._scheduler.has_work:
+            return 0.0
+        moment = self._backpressure.next_expiry
+        if moment is None:
+            return None
+        if self._deadlines:
+            moment = min(moment, self._deadlines[0][0])
+        return max(0.0, moment - self.clock())
 
     def _expire_deadlines(self) -> None:
         now = self.clock()
@@ -115,6 +138,13 @@ class Engine:
                 continue
             self._end(job, FinishReason.DEADLINE, DeadlineExceededError(f"request {request_id}: the deadline passed"))
             self._metrics.observe_cancel_release("deadline", self.clock() - deadline)
+
+    def _expire_slow_readers(self) -> None:
+        for job in self._backpressure.expired():
+            expired = self.clock()
+            text = f"request {job.request.request_id}: {job.unread} tokens wait and nobody reads them"
+            self._end(job, FinishReason.SLOW_READER, SlowReaderError(text))
+            self._metrics.observe_cancel_release("slow_reader", self.clock() - expired)
 
     def _step(self) -> None:
         started = self.clock()
@@ -180,6 +210,8 @@ class Engine:
                 finished = job.finished()
                 self._publication.append((job, finished))
                 self._release(job, finished.reason)
+            else:
+                self._backpressure.published(job)
         self._metrics.observe_gaps(contexts, gaps)
 
     def _end(self, job: Job, reason: FinishReason, error: RequestError | None = None) -> None:
@@ -190,6 +222,7 @@ class Engine:
 
     def _release(self, job: Job, reason: FinishReason) -> None:
         self._scheduler.finish(job.request, reason)
+        self._backpressure.forget(job)
         del self._jobs[job.request.request_id]
         self.inbox.forget(job.request.request_id)
         self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
@@ -205,18 +238,19 @@ class Engine:
         self._metrics.snapshot = EngineSnapshot(
             running_contexts=[request.num_tokens for request in scheduler.running],
             waiting_contexts=[request.num_tokens for request in scheduler.waiting],
+            streams_paused=len(scheduler.paused),
             waiting_prompt_tokens=scheduler.waiting_tokens,
             oldest_waiting_since=min((self._jobs[r.request_id].received for r in scheduler.waiting), default=None),
             free_blocks=self._pool.num_free,
             active_blocks=self._pool.num_active,
             cached_blocks=self._pool.num_cached,
-            leaked_blocks=self._pool.num_active - sum(len(request.block_ids) for request in scheduler.running),
+            leaked_blocks=self._pool.num_active - scheduler.num_held_blocks,
         )
 
     def _end_all(self, reason: FinishReason, error: RequestError) -> None:
         """Fails what is left when the thread ends, late arrivals too. Blocks need no freeing: the pool ends as well."""
         self.inbox.refuse(error)
-        arrivals = self.inbox.take(wait=False).arrivals
+        arrivals = self.inbox.take(0.0).arrivals
         for job in (*self._jobs.values(), *arrivals):
             self._publication.append((job, Failed(error)))
             self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)

@@ -83,6 +83,11 @@ class QueueFullError(RetryableError):
     reason = "QUEUE_FULL"
 
 
+class SlowReaderError(RequestError):
+    status = "RESOURCE_EXHAUSTED"
+    reason = "SLOW_READER"
+
+
 class LoadingError(RetryableError):
     status = "UNAVAILABLE"
     reason = "LOADING"

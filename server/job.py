@@ -27,6 +27,7 @@ class Job:
     last_token: float | None = field(default=None, init=False)
     gaps: list[float] = field(default_factory=list, init=False)
     matched_stop: str | None = field(default=None, init=False)
+    unread: int = field(default=0, init=False)  # tokens that gRPC has not taken yet
     _next_progress: float = field(default=0.0, init=False)
 
     @property

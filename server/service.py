@@ -84,11 +84,13 @@ class GenerationService(GenerationServiceServicer):
             async for event in mailbox:
                 if isinstance(event, Failed):
                     raise event.error
-                yield event
-                if isinstance(event, Delta) and waiting_for_first:
-                    waiting_for_first = False
-                    seconds = time.monotonic() - received
-                    self._metrics.observe_first_delta(job.request.num_prompt_tokens, seconds)
+                yield event  # comes back when gRPC has taken it
+                if isinstance(event, Delta):
+                    engine.inbox.acknowledge(job, len(event.tokens))
+                    if waiting_for_first:
+                        waiting_for_first = False
+                        seconds = time.monotonic() - received
+                        self._metrics.observe_first_delta(job.request.num_prompt_tokens, seconds)
         finally:
             self._streams.close(job)
             engine.inbox.cancel(job)  # a no-op unless the client has gone or this handler broke

@@ -21,7 +21,9 @@ MakeService = Callable[..., Service]
 
 
 def test_a_reader_that_stops_reading_holds_nobody_up(service: Service) -> None:
-    """Its answer is finished and its blocks are free long before it reads on; then it gets all of it."""
+    """Few enough tokens wait for it that its answer is finished and its blocks are free long before it reads on; then
+    it gets all of it.
+    """
     silent = service.client.open(token_ids=pb.TokenIds(ids=[LONG]), stop=stop(1000))
     next(silent)
     other = Client(service.address)

@@ -114,7 +114,7 @@ def test_a_cancel_frees_the_blocks_before_the_next_step(make_rig: MakeRig) -> No
     assert isinstance(rig.recorder.end_of("stayer"), Finished)
     assert not any(isinstance(event, Finished | Failed) for event in rig.recorder.events["leaver"])
     release = rig.metrics.read().histograms["cancel_release_seconds"]
-    assert release.counts[:, -1].tolist() == [1, 0, 0]  # client, deadline, shutdown
+    assert release.counts[:, -1].tolist() == [1, 0, 0, 0]  # client, deadline, slow reader, shutdown
 
 
 def test_a_deadline_frees_the_blocks_before_the_next_step(make_rig: MakeRig) -> None:

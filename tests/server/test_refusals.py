@@ -107,9 +107,15 @@ def test_a_deadline_ends_the_call_and_frees_its_blocks(service: Service) -> None
             pass
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     service.rig.runner.allow()
+
+    def has_ended() -> bool:
+        counts = service.metrics.read().values["requests_finished_total"]
+        return (
+            counts["deadline",] + counts["cancelled",] == 1
+        )  # the server's own clock, or gRPC's cancel at that moment
+
+    wait_until(has_ended, "the request has ended")
     wait_until(service.is_idle, "the blocks are free")
-    counts = service.metrics.read().values["requests_finished_total"]
-    assert counts["deadline",] + counts["cancelled",] == 1  # the server's own clock, or gRPC's cancel at that moment
 
 
 def test_a_cancel_frees_the_blocks(service: Service) -> None:

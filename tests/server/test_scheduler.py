@@ -289,6 +289,6 @@ def test_integrity_check_finds_what_disagrees() -> None:
     with pytest.raises(RuntimeError, match="among those"):
         scheduler.check_integrity()
     c.state = RequestState.WAITING
-    b.arrival, c.arrival = c.arrival, b.arrival
+    a.arrival, b.arrival = b.arrival, a.arrival
     with pytest.raises(RuntimeError, match="arrival order"):
         scheduler.check_integrity()

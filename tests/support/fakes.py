@@ -13,6 +13,7 @@ from pagestream.model.detokenizer import TokenText
 from pagestream.model.step import SampledToken, SamplingParams, StepPlan, StepResult
 from pagestream.model.text_stream import TextStream
 from pagestream.model.tokenizer import Tokenizer
+from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.engine import Engine
 from pagestream.server.events import Delta, Event, Failed, Finished
@@ -142,6 +143,7 @@ class Rig:
         token_budget: int = 64,
         max_running: int = 8,
         limits: QueueLimits | None = None,
+        readers: ReaderLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
@@ -156,6 +158,7 @@ class Rig:
             self.runner,
             metrics,
             limits or QueueLimits(1000, 1_000_000),
+            readers or ReaderLimits(10_000, 1e9),  # a Recorder reads nothing
             publish or self.recorder.publish,
             on_fault or self.gone.set,
             clock,
