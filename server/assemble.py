@@ -19,6 +19,7 @@ from pagestream.server.engine import Engine
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Publication
 from pagestream.server.metrics import Metrics
+from pagestream.server.pace import Pace
 from pagestream.server.scheduler import Scheduler
 from pagestream.server.served import ServedModel
 
@@ -52,8 +53,9 @@ def assemble(
     pool = BlockPool(loaded.plan.num_pages, config.page_size)
     scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
+    pace = Pace(target_gap=config.target_gap_ms / 1000)
     readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
-    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, readers, publish, on_fault)
+    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, readers, pace, publish, on_fault)
     engine.start()
     model = ServedModel(
         name=loaded.name,

@@ -28,6 +28,7 @@ from pagestream.server.events import Failed
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import EngineSnapshot, Metrics
+from pagestream.server.pace import Pace
 from pagestream.server.request import FinishReason
 from pagestream.server.scheduler import Advance, Scheduler
 
@@ -57,6 +58,7 @@ class Engine:
         metrics: Metrics,
         limits: QueueLimits,
         readers: ReaderLimits,
+        pace: Pace,
         publish: Callable[[Publication], None],
         on_fault: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -65,6 +67,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._metrics = metrics
+        self._pace = pace
         self._publish = publish
         self._on_fault = on_fault
         self.clock = clock
@@ -148,7 +151,7 @@ class Engine:
 
     def _step(self) -> None:
         started = self.clock()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._pace.prompt_tokens(self._scheduler.running))
         for chunk in plan.chunks:
             job = self._jobs[chunk.request_id]
             if job.first_scheduled is None:
@@ -159,6 +162,7 @@ class Engine:
         now = self.clock()
         self._advance(self._scheduler.commit(plan, result), now)
         self._metrics.observe_step(plan, now - started)
+        self._pace.observe(plan, now - started)
         self._seconds_per_token += 0.1 * ((now - started) / plan.num_tokens - self._seconds_per_token)
 
     def _execute(self, plan: StepPlan) -> StepResult:

@@ -26,6 +26,7 @@ from pagestream.v1 import generation_pb2 as pb
 async def prepare(
     message: validate.GenerateMessage,
     model: ServedModel,
+    tenant: str,
     received: float,
     deadline: float | None,
     tokenizing: Executor,
@@ -61,6 +62,7 @@ async def prepare(
             max_tokens_is_capacity=wanted > room,
             eos_token_ids=stop.eos_token_ids,
             stop_token_ids=stop.stop_token_ids,
+            tenant=tenant,
         ),
         text=TextStream(
             tokenizer,

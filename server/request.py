@@ -46,6 +46,7 @@ class Request:
     max_tokens_is_capacity: bool = False  # the clamp decided: ending there is MAX_CONTEXT, not MAX_TOKENS
     eos_token_ids: frozenset[int] = frozenset()  # empty when the client ignores them
     stop_token_ids: frozenset[int] = frozenset()
+    tenant: str = ""  # opaque; tenants share prompt tokens alike
 
     tokens: list[int] = field(init=False)  # prompt, then output
     num_computed: int = field(default=0, init=False)

@@ -4,12 +4,13 @@ The law, and why it holds:
 
 - The oldest waiting request starts first, the youngest running one is preempted, and whoever waits again waits at its
   place by arrival. So running requests followed by waiting ones are in arrival order, but for those back from a pause.
-- Without pauses, then, the oldest request runs whenever there is one, is never preempted, and is served first in every
-  step. Of requests with at most L tokens each, the k-th oldest has finished after k * L steps, whatever arrives later.
+- Without pauses, then, the oldest request runs whenever there is one, is never preempted, and gets on in every step. Of
+  requests with at most L tokens each, the k-th oldest has finished after k * L steps, whatever arrives later.
 - A request that is paused keeps its place and, until others need them, its blocks. It counts as work again when it is
   resumed. It may then find younger ones running where it was, but none starts before it.
-- Decodes come first, and the budget holds a token for each running request. Then come the prompts that run, oldest
-  first, and with what they leave over the next one starts.
+- Decodes come first, and the budget holds a token for each running request. What they leave over, less if the caller
+  limits it, the prompts that run share (`fair_share.py`): the oldest always gets some, and short ones need not wait for
+  long ones. So a request starts as soon as there is room for it, not only when older prompts are read.
 - Blocks are released in one place, when a request has ended or others need them.
 """
 
@@ -23,6 +24,7 @@ from itertools import chain, pairwise
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
+from pagestream.server.fair_share import FairShare
 from pagestream.server.request import FinishReason, Request, RequestState
 
 
@@ -55,6 +57,7 @@ class Scheduler:
         self._running: list[Request] = []  # these three in arrival order
         self._waiting: list[Request] = []
         self._paused: list[Request] = []
+        self._fair_share = FairShare()
         self._num_admitted = 0
         self._in_flight: tuple[StepPlan, Sequence[Request]] | None = None  # planned, not committed
         self.num_preemptions_total = 0
@@ -105,17 +108,21 @@ class Scheduler:
         self._num_admitted += 1
         self._waiting.append(request)
 
-    def plan(self) -> StepPlan:
-        """Chooses the work of the next step and takes its blocks. Empty only if there is no request."""
+    def plan(self, max_prompt_tokens: int | None = None) -> StepPlan:
+        """Chooses the work of the next step and takes its blocks. Empty only if there is no request. Beside decodes, it
+        reads at most `max_prompt_tokens` of prompts, but never none.
+        """
         planned: dict[Request, Chunk] = {}
-        budget = self._token_budget
-        for request in self._next_in_line():
-            chunk = self._take_chunk(request, budget)
-            if chunk is not None:
-                planned[request] = chunk
-                budget -= chunk.length
-            if budget == 0:
-                break
+        for request in [request for request in self._running if request.num_uncomputed == 1]:
+            self._plan_chunk(request, 1, planned)
+        budget = self._token_budget - len(planned)
+        if planned and max_prompt_tokens is not None:
+            budget = min(budget, max(max_prompt_tokens, 1))
+        while self._can_start():
+            self._start()
+        prompts = [request for request in self._running if request not in planned]
+        for request, length in self._fair_share.divide(prompts, budget):
+            self._plan_chunk(request, length, planned)
         chosen = {request: chunk for request, chunk in planned.items() if request.state is RequestState.RUNNING}
         plan = StepPlan(tuple(chosen.values()))
         self._in_flight = (plan, tuple(chosen))
@@ -186,19 +193,8 @@ class Scheduler:
     def _live(self) -> Iterator[Request]:
         return chain(self._running, self._waiting, self._paused)
 
-    def _next_in_line(self) -> Iterator[Request]:
-        """The running requests, decodes first, then the waiting ones that can start: each chosen after those before it
-        have taken their blocks. One that is preempted meanwhile, perhaps by a prompt older than itself, does not start
-        again: some of the blocks it needs are taken.
-        """
-        for request in sorted(self._running, key=lambda request: request.num_uncomputed > 1):
-            if request.state is RequestState.RUNNING:  # not preempted just now
-                yield request
-        while self._can_start():
-            yield self._start()
-
     def _can_start(self) -> bool:
-        """Whether the oldest waiting request may start: nothing overtakes it, so it cannot starve.
+        """Whether the oldest waiting request may start: none starts before it, so it cannot starve.
 
         It must fit beside all that the running ones still have to compute, with some room for every answer to grow.
         That room is four times larger after each preemption, until whole answers fit. So no request is preempted step
@@ -215,23 +211,23 @@ class Scheduler:
         lent = sum(len(request.block_ids) for request in chain(self._waiting[1:], self._paused))
         return wanted <= self._pool.num_free + lent
 
-    def _start(self) -> Request:
+    def _start(self) -> None:
         request = self._waiting.pop(0)
         request.state = RequestState.RUNNING
         insort(self._running, request, key=_arrival)
-        return request
 
-    def _take_chunk(self, request: Request, budget: int) -> Chunk | None:
-        """As many tokens as the budget allows, with their blocks. Those who do not run make room for them, then the
-        youngest who do. None if `request` was the youngest itself and is preempted.
+    def _plan_chunk(self, request: Request, length: int, planned: dict[Request, Chunk]) -> None:
+        """Takes the blocks for the next `length` tokens. Those who do not run make room for them, then the youngest who
+        do. Who is preempted so, perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
         """
-        length = min(request.num_uncomputed, budget)
+        if request.state is not RequestState.RUNNING:  # preempted just now
+            return
         missing = self._num_missing_blocks(request, request.num_computed + length)
         while missing > self._pool.num_free:
             if not self._reclaim() and self._preempt_youngest() is request:
-                return None
+                return
         request.block_ids.extend(self._pool.allocate(missing))
-        return Chunk(
+        planned[request] = Chunk(
             request_id=request.request_id,
             tokens=request.tokens,
             num_prompt_tokens=request.num_prompt_tokens,
@@ -268,9 +264,10 @@ class Scheduler:
         """It keeps its tokens, whose keys and values will be computed again."""
         self._release_blocks(request)
         request.num_computed_before = max(request.num_computed_before, request.num_computed)
-        request.num_computed = 0
-        request.num_preemptions += 1
-        self.num_preemptions_total += 1
+        if request.num_computed:  # else nothing is lost
+            request.num_computed = 0
+            request.num_preemptions += 1
+            self.num_preemptions_total += 1
 
     def _release_blocks(self, request: Request) -> None:
         self._pool.release(request.block_ids)

@@ -144,7 +144,8 @@ class Simulation:
         chosen = [chunk.request_id for chunk in plan.chunks]
         assert bool(chosen) == bool(live), "work waits or runs, so the plan is not empty"
         if live:
-            contenders = running if self.events["resumed"] and running else live  # the places may have been taken
+            # One that comes back from a pause may find the places taken by younger ones.
+            contenders = self.scheduler.running if self.events["resumed"] else live
             oldest = min(contenders, key=lambda request: request.arrival)
             assert oldest.request_id in chosen, "the oldest request makes progress in every step"
         assert len(set(chosen)) == len(chosen) <= self.max_running

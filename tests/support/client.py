@@ -72,9 +72,10 @@ class Client:
         self.models = ModelServiceStub(self.channel)
         self._health = health_pb2_grpc.HealthStub(self.channel)
 
-    def open(self, timeout: float = WAIT, **fields: Any) -> Any:
+    def open(self, timeout: float = WAIT, tenant: str | None = None, **fields: Any) -> Any:
         """A stream, to be read by the caller."""
-        return self.generation.GenerateStream(pb.GenerateStreamRequest(**fields), timeout=timeout)
+        metadata = None if tenant is None else (("x-pagestream-tenant", tenant),)
+        return self.generation.GenerateStream(pb.GenerateStreamRequest(**fields), timeout=timeout, metadata=metadata)
 
     def stream(self, timeout: float = WAIT, **fields: Any) -> Answer:
         return gather(self.open(timeout, **fields))

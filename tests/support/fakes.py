@@ -20,6 +20,7 @@ from pagestream.server.events import Delta, Event, Failed, Finished
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import Metrics
+from pagestream.server.pace import Pace
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
 from tests.support.waiting import WAIT
@@ -144,6 +145,7 @@ class Rig:
         max_running: int = 8,
         limits: QueueLimits | None = None,
         readers: ReaderLimits | None = None,
+        target_gap: float = 1e6,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
@@ -159,6 +161,7 @@ class Rig:
             metrics,
             limits or QueueLimits(1000, 1_000_000),
             readers or ReaderLimits(10_000, 1e9),  # a Recorder reads nothing
+            Pace(target_gap),
             publish or self.recorder.publish,
             on_fault or self.gone.set,
             clock,
