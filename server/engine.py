@@ -21,6 +21,7 @@ from pagestream.server.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineFaultError,
+    QueueTimeoutError,
     RequestError,
     SlowReaderError,
 )
@@ -74,7 +75,7 @@ class Engine:
         self.inbox = Inbox(limits, clock)
         self._backpressure = Backpressure(readers, scheduler, metrics, clock)
         self._jobs: dict[str, Job] = {}
-        self._deadlines: list[tuple[float, str]] = []  # heap
+        self._deadlines: list[tuple[float, str]] = []  # heap, of both kinds of deadline
         self._publication: Publication = []
         self._failed_steps = 0
         self._seconds_per_token = 0.0  # smoothed over steps
@@ -111,8 +112,9 @@ class Engine:
         for job in mail.arrivals:
             self._jobs[job.request.request_id] = job
             self._scheduler.admit(job.request)
-            if job.deadline is not None:
-                heapq.heappush(self._deadlines, (job.deadline, job.request.request_id))
+            for deadline in (job.deadline, job.queue_deadline):
+                if deadline is not None:
+                    heapq.heappush(self._deadlines, (deadline, job.request.request_id))
         for job, seen in mail.cancels:
             if not job.is_finished:  # it may have ended by itself meanwhile
                 self._end(job, FinishReason.CANCELLED)
@@ -137,10 +139,15 @@ class Engine:
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heapq.heappop(self._deadlines)
             job = self._jobs.get(request_id)
-            if job is None or job.deadline != deadline:  # it has ended; the id may be in use again
+            if job is None:  # it has ended
                 continue
-            self._end(job, FinishReason.DEADLINE, DeadlineExceededError(f"request {request_id}: the deadline passed"))
-            self._metrics.observe_cancel_release("deadline", self.clock() - deadline)
+            if job.deadline == deadline:  # else the id is in use again
+                error = DeadlineExceededError(f"request {request_id}: the deadline passed")
+                self._end(job, FinishReason.DEADLINE, error)
+                self._metrics.observe_cancel_release("deadline", self.clock() - deadline)
+            elif job.queue_deadline == deadline and job.first_scheduled is None:
+                text = f"request {request_id}: its turn did not come within its queue_timeout"
+                self._end(job, FinishReason.QUEUE_TIMEOUT, QueueTimeoutError(text, self.inbox.predicted_wait))
 
     def _expire_slow_readers(self) -> None:
         for job in self._backpressure.expired():

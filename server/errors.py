@@ -83,6 +83,11 @@ class QueueFullError(RetryableError):
     reason = "QUEUE_FULL"
 
 
+class QueueTimeoutError(RetryableError):
+    status = "RESOURCE_EXHAUSTED"
+    reason = "QUEUE_TIMEOUT"
+
+
 class SlowReaderError(RequestError):
     status = "RESOURCE_EXHAUSTED"
     reason = "SLOW_READER"

@@ -91,6 +91,11 @@ class Inbox:
     def refusal(self) -> RequestError | None:
         return self._refusal
 
+    @property
+    def predicted_wait(self) -> float:
+        """Seconds until what waits now is read, from 1 to 60."""
+        return min(max(self._waiting_tokens * self._seconds_per_token, 1.0), 60.0)
+
     def stop(self) -> None:
         with self._changed:
             self._stopping = True
@@ -104,10 +109,8 @@ class Inbox:
         return self._waiting_requests
 
     def _queue_full(self) -> QueueFullError:
-        wait = min(max(self._waiting_tokens * self._seconds_per_token, 1.0), 60.0)
-        return QueueFullError(
-            f"{self._waiting_requests} requests with {self._waiting_tokens} prompt tokens are waiting", wait
-        )
+        text = f"{self._waiting_requests} requests with {self._waiting_tokens} prompt tokens are waiting"
+        return QueueFullError(text, self.predicted_wait)
 
     # ---- the engine's thread
 

@@ -20,6 +20,7 @@ class Job:
     text: TextStream
     received: float
     deadline: float | None = None
+    queue_deadline: float | None = None  # passes only while no step has worked on it
     progress_interval: float = 0.25
 
     first_scheduled: float | None = field(default=None, init=False)

@@ -26,6 +26,7 @@ REJECTION_REASONS = (  # those of errors.py, in lower case
     "prompt_exceeds_model_context",
     "prompt_exceeds_kv_capacity",
     "queue_full",
+    "queue_timeout",
     "slow_reader",
     "loading",
     "draining",

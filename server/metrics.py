@@ -38,6 +38,7 @@ from pagestream.server.request import FinishReason, Request
 _FAILURES: dict[FinishReason, Outcome] = {  # every other reason is an answer
     FinishReason.CANCELLED: "cancelled",
     FinishReason.DEADLINE: "deadline",
+    FinishReason.QUEUE_TIMEOUT: "rejected",
     FinishReason.SLOW_READER: "cancelled",  # its client's doing
     FinishReason.ERROR: "error",
     FinishReason.SHUTDOWN: "error",

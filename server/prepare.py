@@ -40,6 +40,7 @@ async def prepare(
         message.sampling, message.output, message.stop.min_tokens, stop, tokenizer.vocab_size
     )
     interval = validate.progress_interval(message.output)
+    queue_timeout = validate.queue_timeout(message)
     if message.WhichOneof("prompt") == "token_ids":
         prompt = list(message.token_ids.ids)
     else:
@@ -73,6 +74,7 @@ async def prepare(
         ),
         received=received,
         deadline=deadline,
+        queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
     )
 

@@ -26,6 +26,7 @@ class FinishReason(Enum):
     MAX_CONTEXT = "max_context"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    QUEUE_TIMEOUT = "queue_timeout"
     SLOW_READER = "slow_reader"
     ERROR = "error"
     SHUTDOWN = "shutdown"

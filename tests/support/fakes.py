@@ -184,6 +184,7 @@ def make_job(
     max_new_tokens: int = 6,
     received: float = 0.0,
     deadline: float | None = None,
+    queue_deadline: float | None = None,
     stop_strings: tuple[str, ...] = (),
     progress_interval: float = 0.0,
 ) -> Job:
@@ -193,5 +194,6 @@ def make_job(
         TextStream(ByteTokenizer(), stop_strings),
         received,
         deadline,
+        queue_deadline,
         progress_interval,
     )
