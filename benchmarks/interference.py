@@ -146,8 +146,11 @@ def main() -> None:
     result: dict[str, Any] = {"read_bandwidth_gb_s": read_bandwidth() / 1e9, "targets": {}}
     for target in options.targets:
         with server("--target-gap-ms", str(target)) as address:
-            result["targets"][target] = asyncio.run(one_stream_and_a_long_prompt(address, options.long_tokens))
-            result["targets"][target]["sixteen_at_once"] = asyncio.run(short_and_long_at_once(address))
+            scene = asyncio.run(one_stream_and_a_long_prompt(address, options.long_tokens))
+            print(target, scene, flush=True)  # noqa: T201 - it takes minutes
+            scene["sixteen_at_once"] = asyncio.run(short_and_long_at_once(address))
+            print(target, scene["sixteen_at_once"], flush=True)  # noqa: T201
+            result["targets"][target] = scene
     save("interference", result, options.out)
 
 

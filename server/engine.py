@@ -25,7 +25,6 @@ from pagestream.server.errors import (
     RequestError,
     SlowReaderError,
 )
-from pagestream.server.events import Failed
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import EngineSnapshot, Metrics
@@ -100,10 +99,11 @@ class Engine:
                 self._expire_slow_readers()
                 self._step()
                 self._report()
-            self._end_all(FinishReason.SHUTDOWN, DrainingError("the server is shutting down", 1.0))
+            self._end_all(FinishReason.SHUTDOWN, lambda: DrainingError("the server is shutting down", 1.0))
         except Exception:  # whatever it is, clients must hear of it and readiness must drop
             log.exception("the engine is gone")
-            self._end_all(FinishReason.ERROR, EngineFaultError("the engine has stopped after an internal fault"))
+            fault = "the engine has stopped after an internal fault"
+            self._end_all(FinishReason.ERROR, lambda: EngineFaultError(fault))
             self._on_fault()
 
     def _take_mail(self) -> bool:
@@ -228,7 +228,7 @@ class Engine:
     def _end(self, job: Job, reason: FinishReason, error: RequestError | None = None) -> None:
         """A request ends without an answer; a client that left is told nothing."""
         if error is not None:
-            self._publication.append((job, Failed(error)))
+            self._publication.append((job, job.failed(error)))
         self._release(job, reason)
 
     def _release(self, job: Job, reason: FinishReason) -> None:
@@ -258,12 +258,12 @@ class Engine:
             leaked_blocks=self._pool.num_active - scheduler.num_held_blocks,
         )
 
-    def _end_all(self, reason: FinishReason, error: RequestError) -> None:
+    def _end_all(self, reason: FinishReason, error: Callable[[], RequestError]) -> None:
         """Fails what is left when the thread ends, late arrivals too. Blocks need no freeing: the pool ends as well."""
-        self.inbox.refuse(error)
+        self.inbox.refuse(error())
         arrivals = self.inbox.take(0.0).arrivals
         for job in (*self._jobs.values(), *arrivals):
-            self._publication.append((job, Failed(error)))
+            self._publication.append((job, job.failed(error())))
             self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
         self._jobs.clear()
         self._publish(self._publication)

@@ -23,7 +23,7 @@ from pagestream.server.config import ServerConfig
 from pagestream.server.engine import MAX_FAILED_STEPS
 from pagestream.server.metrics import Metrics
 from pagestream.server.served import ServedModel
-from pagestream.v1 import model_pb2
+from pagestream.v1 import generation_pb2, model_pb2
 from tests.support.client import NOT_SERVING, SERVING, Client, gather, refused
 from tests.support.fakes import ByteTokenizer, Rig
 from tests.support.service import served, stop
@@ -168,11 +168,12 @@ def test_a_second_signal_ends_what_still_runs(run_app: RunApp) -> None:
         live.terminate()
         live.wait_for_log("draining")
         live.terminate()
-        with refused("UNAVAILABLE", "DRAINING"), ThreadPoolExecutor(1) as thread:
+        with refused("UNAVAILABLE", "DRAINING") as refusal, ThreadPoolExecutor(1) as thread:
             ending = thread.submit(gather, running)
             wait_until(lambda: _is_stopping(rig), "the engine is told to stop")
             rig.runner.allow(1)
             ending.result(WAIT)
+        assert refusal.got.usage == generation_pb2.Usage(prompt_tokens=3, output_tokens=1)
         live.wait_for_log("stopped")
         client.close()
 

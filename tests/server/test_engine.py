@@ -21,6 +21,7 @@ from pagestream.server.errors import (
     EngineFaultError,
     QueueFullError,
     QueueTimeoutError,
+    Usage,
 )
 from pagestream.server.events import Failed, Finished, Progress
 from pagestream.server.inbox import QueueLimits
@@ -270,6 +271,7 @@ def test_stop_ends_what_runs_and_what_waits(make_rig: MakeRig) -> None:
         end = rig.recorder.end_of(name)
         assert isinstance(end, Failed)
         assert isinstance(end.error, DrainingError)
+        assert end.error.usage == Usage(3, len(rig.recorder.text_of(name)), preemptions=0)
     with pytest.raises(DrainingError):
         rig.submit("late")
 

@@ -104,16 +104,18 @@ class Refusal:
     reason: str | None
     fields: list[str]
     retry_after: float | None
+    usage: pb.Usage | None = None
 
 
 def refusal_of(error: grpc.RpcError) -> Refusal:
     status = rpc_status.from_call(error)
-    reason, fields, retry_after = None, [], None
+    reason, fields, retry_after, used = None, [], None, None
     for detail in status.details if status else ():
-        info, bad, retry = (
+        info, bad, retry, usage = (
             error_details_pb2.ErrorInfo(),
             error_details_pb2.BadRequest(),
             error_details_pb2.RetryInfo(),
+            pb.Usage(),
         )
         if detail.Unpack(info):
             assert (reason, info.domain) == (None, "pagestream")
@@ -122,7 +124,9 @@ def refusal_of(error: grpc.RpcError) -> Refusal:
             fields = [violation.field for violation in bad.field_violations]
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return Refusal(error.code(), error.details(), reason, fields, retry_after)
+        elif detail.Unpack(usage):
+            used = usage
+    return Refusal(error.code(), error.details(), reason, fields, retry_after, used)
 
 
 class Refused:
