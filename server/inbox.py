@@ -88,6 +88,11 @@ class Inbox:
             self._refusal = refusal
 
     @property
+    def num_live(self) -> int:
+        """Requests that were taken on and have not ended."""
+        return len(self._live)
+
+    @property
     def refusal(self) -> RequestError | None:
         return self._refusal
 

@@ -49,6 +49,7 @@ class ServerState(Enum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    STALLED = "stalled"  # work waits and nothing comes of it
     FAILED = "failed"  # the engine is gone
 
 

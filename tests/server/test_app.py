@@ -212,6 +212,25 @@ def test_an_engine_that_is_gone_is_not_ready(run_app: RunApp) -> None:
     assert run_app(scenario) == 0
 
 
+def test_an_engine_that_hangs_is_not_ready_until_it_gets_on(run_app: RunApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "STALL_SECONDS", 0.2)
+
+    def scenario(live: LiveApp) -> None:
+        client, rig = live.become_ready()
+        watching = client.watch()
+        assert next(watching) == SERVING
+        rig.runner.hold()
+        running = client.open(text="abc", stop=stop(6))
+        assert next(watching) == NOT_SERVING
+        assert live.http("/healthz") == (503, "stalled")
+        rig.runner.allow()
+        assert next(watching) == SERVING
+        assert "".join(event.delta.text for event in running) == "abcabc"
+        client.close()
+
+    assert run_app(scenario) == 0
+
+
 def _raise_device_lost(_plan: object) -> None:
     raise RuntimeError("device lost")
 
