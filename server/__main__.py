@@ -17,7 +17,15 @@ from pagestream.model.default_model import fetch_default_model
 from pagestream.model.errors import ModelError
 from pagestream.server.chat import run_chat
 from pagestream.server.client import Answer, CallError, Client, UnreachableError, summary
-from pagestream.server.config import Device, Dtype, KvDtype, ServerConfig, default_cache_dir, load_config
+from pagestream.server.config import (
+    Device,
+    Dtype,
+    KvDtype,
+    ServerConfig,
+    default_cache_dir,
+    let_idle_threads_sleep,
+    load_config,
+)
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
 FAILED, USAGE, NO_MODEL, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes; 0 is a clean end
@@ -87,6 +95,7 @@ def serve(
         settings = load_config(config, flags)
     except ValueError as error:
         _fail(error, USAGE)
+    let_idle_threads_sleep()
     from pagestream.server.app import serve as run_server  # noqa: PLC0415 - torch: seconds that --help need not wait
 
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from pagestream.server.assemble import assemble
@@ -136,9 +138,11 @@ def _in_background(work: Callable[[], T]) -> asyncio.Future[T]:
         try:
             result = work()
         except BaseException as error:  # noqa: BLE001 - it is handed to whoever awaits the future
-            loop.call_soon_threadsafe(settle, None, error)
+            outcome = partial(settle, None, error)
         else:
-            loop.call_soon_threadsafe(settle, result, None)
+            outcome = partial(settle, result, None)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            loop.call_soon_threadsafe(outcome)
 
     threading.Thread(target=run, name="load", daemon=True).start()
     return future

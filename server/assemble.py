@@ -63,6 +63,7 @@ def assemble(
         engine=engine,
         architecture=loaded.config.architecture,
         parameters=loaded.parameters,
+        vocab_size=loaded.config.vocab_size,
         max_context=loaded.max_context,
         kv_capacity_tokens=loaded.plan.kv_capacity_tokens,
         page_size=config.page_size,

@@ -34,6 +34,13 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream"
 
 
+def let_idle_threads_sleep() -> None:
+    """Has torch's threads sleep while they wait for each other, unless the user chose otherwise. By default they spin,
+    and beside any other busy process the spinners take the very time slices that the work needs (README, Decisions).
+    OpenMP reads this once, when torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def parse_size(value: object) -> int:
     """Bytes of "2GiB", "512 MiB", "1.5GB", "65536" or 65536, rounded down. ValueError for anything else."""
     match = _SIZE.fullmatch(str(value).strip()) if isinstance(value, int | str) else None

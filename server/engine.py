@@ -94,6 +94,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._report()  # so that an idle server's pool is seen to be free
             while self._take_mail():
                 self._expire_deadlines()
                 self._expire_slow_readers()

@@ -43,9 +43,8 @@ class TokenizerService(TokenizerServiceServicer):
     ) -> tokenizer_pb2.DecodeResponse:
         def decode(model: ServedModel) -> tokenizer_pb2.DecodeResponse:
             largest = max(request.token_ids, default=0)
-            if largest >= model.tokenizer.vocab_size:
-                size = model.tokenizer.vocab_size
-                raise InvalidFieldError("token_ids", f"token {largest} is outside the vocabulary of {size}")
+            if largest >= model.vocab_size:
+                raise InvalidFieldError("token_ids", f"token {largest} is outside the vocabulary of {model.vocab_size}")
             text = model.tokenizer.decode(list(request.token_ids), keep_special_tokens=request.special_tokens)
             return tokenizer_pb2.DecodeResponse(text=text)
 
@@ -101,7 +100,7 @@ def _info(model: ServedModel) -> model_pb2.ModelInfo:
         name=f"models/{model.name}",
         architecture=model.architecture,
         parameters=model.parameters,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=model.vocab_size,
         max_context_tokens=model.max_context,
         kv_capacity_tokens=model.kv_capacity_tokens,
         page_size=model.page_size,

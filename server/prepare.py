@@ -34,10 +34,10 @@ async def prepare(
 ) -> Job:
     """Raises the refusals that need no queue: a bad field, a prompt too long for the model or for the pool."""
     tokenizer = model.tokenizer
-    validate.check_prompt(message, tokenizer.vocab_size)
-    stop = validate.stop_rules(message.stop, tokenizer.eos_token_ids, tokenizer.vocab_size)
+    validate.check_prompt(message, model.vocab_size)
+    stop = validate.stop_rules(message.stop, tokenizer.eos_token_ids, model.vocab_size)
     sampling = validate.sampling_params(
-        message.sampling, message.output, message.stop.min_tokens, stop, tokenizer.vocab_size
+        message.sampling, message.output, message.stop.min_tokens, stop, model.vocab_size
     )
     interval = validate.progress_interval(message.output)
     queue_timeout = validate.queue_timeout(message)
@@ -48,6 +48,8 @@ async def prepare(
         loop = asyncio.get_running_loop()
         prompt = await loop.run_in_executor(tokenizing, _tokenize, message, model)
         metrics.observe_tokenize(time.monotonic() - started)
+        if max(prompt) >= model.vocab_size:  # a tokenizer may hold tokens that the network was never given
+            raise InvalidFieldError("prompt", f"has token {max(prompt)}; the model knows {model.vocab_size}")
     if len(prompt) >= model.max_context:
         raise PromptExceedsModelContextError(len(prompt), model.max_context)
     if len(prompt) >= model.kv_capacity_tokens:

@@ -20,6 +20,7 @@ class ServedModel:
     engine: Engine
     architecture: str
     parameters: int
+    vocab_size: int  # rows of the embedding; the tokenizer may know fewer
     max_context: int
     kv_capacity_tokens: int
     page_size: int

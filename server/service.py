@@ -67,7 +67,7 @@ class GenerationService(GenerationServiceServicer):
         return response
 
     async def _events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
-        """Accepted, then what the engine says. Raises RequestError. However it is left, the engine lets go."""
+        """Accepted, then what the engine says. Raises RequestError. However the call ends, the engine lets go."""
         received = time.monotonic()
         try:
             model = self._slot.get(request.model)
@@ -82,22 +82,24 @@ class GenerationService(GenerationServiceServicer):
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise
         mailbox = self._streams.open(job)  # no await since submit, so no event can have been missed
-        waiting_for_first = True
-        try:
-            yield translate.accepted(job, queue_position)
-            async for event in mailbox:
-                if isinstance(event, Failed):
-                    raise event.error
-                yield event  # comes back when gRPC has taken it
-                if isinstance(event, Delta):
-                    engine.inbox.acknowledge(job, len(event.tokens))
-                    if waiting_for_first:
-                        waiting_for_first = False
-                        seconds = time.monotonic() - received
-                        self._metrics.observe_first_delta(job.request.num_prompt_tokens, seconds)
-        finally:
+
+        def let_go(_context: Context) -> None:
             self._streams.close(job)
             engine.inbox.cancel(job)  # a no-op unless the client has gone or this handler broke
+
+        # Not a `finally`: gRPC drops a generator whose client has gone, and its end would come when it is collected.
+        context.add_done_callback(let_go)  # type: ignore[arg-type]  # the stubs' callback has no such signature
+        yield translate.accepted(job, queue_position)
+        waiting_for_first = True
+        async for event in mailbox:
+            if isinstance(event, Failed):
+                raise event.error
+            yield event  # comes back when gRPC has taken it
+            if isinstance(event, Delta):
+                engine.inbox.acknowledge(job, len(event.tokens))
+                if waiting_for_first:
+                    waiting_for_first = False
+                    self._metrics.observe_first_delta(job.request.num_prompt_tokens, time.monotonic() - received)
 
 
 def _tenant(context: Context) -> str:

@@ -50,7 +50,7 @@ def sampling_params(
         top_k=_check_range("sampling.top_k", sampling.top_k, 1, math.inf) if sampling.HasField("top_k") else None,
         top_p=_number(sampling, "top_p", 1.0, 0, 1, open_below=True),
         min_p=_number(sampling, "min_p", 0.0, 0, 1),
-        repetition_penalty=_number(sampling, "repetition_penalty", 1.0, 0, 10, open_below=True),
+        repetition_penalty=_number(sampling, "repetition_penalty", 1.0, 0.01, 10),
         presence_penalty=_number(sampling, "presence_penalty", 0.0, -2, 2),
         frequency_penalty=_number(sampling, "frequency_penalty", 0.0, -2, 2),
         logit_bias=dict(sampling.logit_bias),

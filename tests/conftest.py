@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.process import ServerProcess
+
+_SERVERS = pytest.StashKey[list[ServerProcess]]()
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +21,38 @@ def default_model_path() -> Path:
     if not path.exists():
         pytest.skip("the default model is not in the cache: run `make setup`")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights with 4,096 tokens of context, a byte-level tokenizer and a chat template."""
+    from tests.support.tiny_model import save_tiny_model  # transformers takes seconds to import
+
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers: a model's path, then command line arguments. Their logs are shown if a test fails."""
+    servers = request.config.stash[_SERVERS] = []
+
+    def start(model: Path, *arguments: str, ready: bool = True) -> ServerProcess:
+        server = ServerProcess(model, *arguments)
+        servers.append(server)
+        if ready:
+            server.wait_until_ready()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        report.sections += [("server log", "".join(s.log)) for s in item.config.stash.get(_SERVERS, [])]
+    return report

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import Parse
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
@@ -31,19 +30,15 @@ from pagestream.v1.generation_pb2_grpc import GenerationServiceServicer, add_Gen
 from pagestream.v1.model_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
 
 WAIT = 20.0  # seconds, far more than anything here takes
-CTRL_C = "\x03"
-HANG = pb.GenerateStreamResponse()  # in a script: from here on wait until the client has gone
-
-Event = pb.GenerateStreamResponse
-Context = grpc.ServicerContext
+CTRL_C, CTRL_D = "\x03", "\x04"
+Context, Event = grpc.ServicerContext, pb.GenerateStreamResponse
+HANG = Event()  # in a script: from here on wait until the client has gone
 
 
 def refusal(code: grpc.StatusCode, message: str, *details: ErrorInfo | RetryInfo) -> Status:
     status = Status(code=code.value[0], message=message)
     for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
+        status.details.add().Pack(detail)
     return status
 
 
@@ -121,16 +116,8 @@ def test_what_is_not_asked_for_stays_unset_and_what_is_arrives(server: ScriptedS
     flags = "--max-tokens 5 --stop END --stop x --temperature 0.5 --top-k 3 --top-p 0.75 --min-p 0.25 --seed 0"
     flags += " --repetition-penalty 1.5 --presence-penalty -1 --frequency-penalty 2"
     run(server, "generate", "-", "--raw", *flags.split(), stdin="from a pipe\n")
-    sampling = pb.SamplingConfig(
-        temperature=0.5,
-        top_k=3,
-        top_p=0.75,
-        min_p=0.25,
-        seed=0,
-        repetition_penalty=1.5,
-        presence_penalty=-1,
-        frequency_penalty=2,
-    )
+    sampling = pb.SamplingConfig(temperature=0.5, top_k=3, top_p=0.75, min_p=0.25, seed=0)
+    sampling.MergeFrom(pb.SamplingConfig(repetition_penalty=1.5, presence_penalty=-1, frequency_penalty=2))
     stop = pb.StopConfig(max_tokens=5, stop_strings=["END", "x"])
     assert server.requests == [pb.GenerateStreamRequest(text="from a pipe\n", sampling=sampling, stop=stop)]
 
@@ -285,8 +272,16 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(server: ScriptedServer, ter
         "Once upon",
         "Go on",
     ]
-    chat.type(CTRL_C)
+    chat.type(CTRL_D)
     assert chat.exit_code() == 0
+
+
+def test_ctrl_c_at_the_prompt_leaves(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert run(server, "chat").exit_code == 0
 
 
 def test_ctrl_c_cancels_generate(server: ScriptedServer, terminal: Callable[..., Terminal]) -> None:

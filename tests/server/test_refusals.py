@@ -141,13 +141,11 @@ def test_a_deadline_ends_the_call_and_frees_its_blocks(service: Service) -> None
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     service.rig.runner.allow()
 
-    def has_ended() -> bool:
+    def ended() -> bool:  # by the server's own clock, or by gRPC's cancel at that moment
         counts = service.metrics.read().values["requests_finished_total"]
-        return (
-            counts["deadline",] + counts["cancelled",] == 1
-        )  # the server's own clock, or gRPC's cancel at that moment
+        return counts["deadline",] + counts["cancelled",] == 1
 
-    wait_until(has_ended, "the request has ended")
+    wait_until(ended, "the request has ended")
     wait_until(service.is_idle, "the blocks are free")
 
 

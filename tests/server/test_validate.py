@@ -61,7 +61,7 @@ REFUSED = [
     *((request(sampling={"min_p": value}), "sampling.min_p") for value in (BELOW_ZERO, 1.001, NAN)),
     *(
         (request(sampling={"repetition_penalty": value}), "sampling.repetition_penalty")
-        for value in (0, -1, 10.5, INF, NAN)
+        for value in (0, 1e-38, 0.0099, -1, 10.5, INF, NAN)
     ),
     *(
         (request(sampling={name: value}), f"sampling.{name}")

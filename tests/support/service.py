@@ -32,6 +32,7 @@ def served(rig: Rig, tokenizer: ByteTokenizer) -> ServedModel:
         engine=rig.engine,
         architecture="llama",
         parameters=123,
+        vocab_size=tokenizer.vocab_size,
         max_context=MAX_CONTEXT,
         kv_capacity_tokens=rig.pool.capacity,
         page_size=rig.pool.block_size,

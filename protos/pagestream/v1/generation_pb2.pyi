@@ -309,7 +309,7 @@ class SamplingConfig(_message.Message):
     """min_p drops tokens less likely than min_p times the most likely one. Default 0 (none). In [0, 1]."""
     repetition_penalty: _builtins.float
     """repetition_penalty divides positive and multiplies negative logits of every token seen in the prompt or the
-    output. Default 1 (off). In (0, 10].
+    output. Default 1 (off). In [0.01, 10].
     """
     presence_penalty: _builtins.float
     """presence_penalty is subtracted once from the logit of every token already in the output. Default 0. In [-2, 2]."""

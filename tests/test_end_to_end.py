@@ -1,0 +1,345 @@
+"""Real servers in processes of their own, real models, real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+import transformers
+from google.protobuf.duration_pb2 import Duration
+
+from pagestream.v1 import generation_pb2 as pb
+from pagestream.v1 import model_pb2, tokenizer_pb2
+from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
+from tests.support.client import NOT_SERVING, SERVING, Answer, Client, gather, refused
+from tests.support.process import ServerProcess
+from tests.support.waiting import WAIT, wait_until
+
+Serve = Callable[..., ServerProcess]
+ONE_THREAD = ("--threads", "1")  # where other work runs beside it, threads that wait for each other are slow
+SMALL_POOL = ("--page-size", "16", "--kv-memory", str(1024 * 2048))  # 1,024 tokens of 2 KiB
+CHAT = pb.Chat(messages=[pb.ChatMessage(role="user", content="The quick brown fox?")])
+
+
+@pytest.fixture(scope="module")
+def server(serve: Serve, tiny_model_path: Path) -> ServerProcess:
+    """The tiny model with a pool of 1,024 tokens, a quarter of its context."""
+    return serve(tiny_model_path, *ONE_THREAD, *SMALL_POOL, "--token-budget", "64")
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Any:
+    client = server.connect()
+    yield client
+    client.close()
+    server.wait_until_idle()  # whatever a test did, it leaves nothing behind
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny_model_path: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def oracle_tokenizer(tiny_model_path: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tiny_model_path)
+
+
+def stop(max_tokens: int, **fields: Any) -> pb.StopConfig:
+    return pb.StopConfig(max_tokens=max_tokens, **fields)
+
+
+def test_answers_and_logprobs_are_those_of_transformers(client: Client, oracle: Any, oracle_tokenizer: Any) -> None:
+    text = "The lazy café 🎉"
+    fields: dict[str, Any] = {"text": text, "stop": stop(30, ignore_eos=True)}
+    fields["output"] = pb.OutputConfig(token_ids=True, logprobs=5)
+    answer = client.stream(**fields)
+    prompt = oracle_tokenizer(text)["input_ids"]
+    with torch.no_grad():
+        logits = oracle(torch.tensor([prompt + answer.token_ids])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(dim=-1)
+    assert answer.token_ids == expected.argmax(dim=-1).tolist()
+    for row, got in zip(expected, answer.logprobs, strict=True):
+        assert got.logprob == pytest.approx(float(row[got.token_id]), abs=1e-4)
+        top = row.topk(5)
+        assert [entry.token_id for entry in got.top] == top.indices.tolist()
+        assert [entry.logprob for entry in got.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+    assert answer.text == oracle_tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+
+    whole = client.generate(**fields)
+    assert (whole.text, list(whole.token_ids), list(whole.logprobs)) == (
+        answer.text,
+        answer.token_ids,
+        answer.logprobs,
+    )
+
+
+def test_sampling_settings_reach_the_model(client: Client) -> None:
+    output = pb.OutputConfig(token_ids=True)
+
+    def tokens(stop_: pb.StopConfig, **sampling: Any) -> list[int]:
+        return client.stream(text="x", stop=stop_, output=output, sampling=pb.SamplingConfig(**sampling)).token_ids
+
+    assert tokens(stop(4), logit_bias={77: 100}) == [77] * 4
+    assert 77 in tokens(stop(4), logit_bias={77: 100}, frequency_penalty=2, repetition_penalty=2)
+    seeded = [tokens(stop(20, ignore_eos=True), temperature=2, seed=seed) for seed in (1, 1, 2)]
+    assert seeded[0] == seeded[1] != seeded[2]
+    end = client.models.GetModel(model_pb2.GetModelRequest(), timeout=WAIT).model.eos_token_ids[0]
+    assert tokens(stop(20), logit_bias={end: 100}) == [end]
+    assert tokens(stop(4, ignore_eos=True), logit_bias={end: 100}) == [end] * 4
+    with_minimum = tokens(stop(20, min_tokens=5), logit_bias={end: 100})
+    assert with_minimum.index(end) == len(with_minimum) - 1 >= 4
+    assert tokens(stop(20, stop_token_ids=[77]), logit_bias={77: 100}) == [77]
+
+
+def test_a_stop_string_cuts_the_real_models_text(client: Client) -> None:
+    text = client.stream(text="dog", stop=stop(60, ignore_eos=True)).text
+    for start in (3, 10, len(text) // 2):
+        cut = text[start : start + 4]
+        answer = client.stream(text="dog", stop=stop(60, ignore_eos=True, stop_strings=[cut]))
+        assert answer.text == text[: text.index(cut)]
+        assert answer.finished.matched_stop == cut
+
+
+def test_a_chat_is_what_apply_template_says(client: Client, oracle_tokenizer: Any) -> None:
+    rendered = client.tokenizer.ApplyTemplate(tokenizer_pb2.ApplyTemplateRequest(chat=CHAT), timeout=WAIT)
+    messages = [{"role": message.role, "content": message.content} for message in CHAT.messages]
+    assert rendered.text == oracle_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert list(rendered.token_ids) == oracle_tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
+    chat = client.stream(chat=CHAT, stop=stop(10))
+    assert chat.text == client.stream(token_ids=pb.TokenIds(ids=rendered.token_ids), stop=stop(10)).text
+    assert chat.accepted.prompt_tokens == len(rendered.token_ids)
+
+
+def test_the_prompt_is_read_in_chunks_and_progress_says_so(client: Client) -> None:
+    answer = client.stream(
+        token_ids=pb.TokenIds(ids=[number % 300 for number in range(500)]),
+        stop=stop(1),
+        output=pb.OutputConfig(progress_interval=Duration()),
+    )
+    computed = [progress.computed_tokens for progress in answer.progress]
+    assert computed == sorted(set(computed))
+    assert computed
+    assert set(computed) <= set(range(64, 500, 64))
+
+
+def test_a_prompt_over_the_pool_fails_at_once_and_blocks_nobody(server: ServerProcess, client: Client) -> None:
+    server.wait_for_log(r"longest request: 1024 tokens, not 4096")
+    busy = client.open(text="busy", stop=stop(400, ignore_eos=True))
+    next(busy)
+    started = time.monotonic()
+    with ThreadPoolExecutor() as threads:
+        behind = threads.submit(client.stream, token_ids=pb.TokenIds(ids=range(16)), stop=stop(8, ignore_eos=True))
+        with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY"):
+            client.stream(token_ids=pb.TokenIds(ids=[5] * 2048))
+        assert time.monotonic() - started < 1
+        assert behind.result(WAIT).finished.usage == pb.Usage(prompt_tokens=16, output_tokens=8)
+    gather_rest(busy)
+
+
+def gather_rest(call: Any) -> None:
+    assert [event.WhichOneof("event") for event in call][-1] == "finished"
+
+
+def test_preempted_answers_are_those_given_alone(server: ServerProcess, client: Client) -> None:
+    """Twelve answers of 150 tokens in a pool of 1,024."""
+    prompts = [f"prompt {number}" for number in range(12)]
+
+    def ask(number: int) -> str:
+        settings = pb.SamplingConfig(temperature=0.8 * (number % 2), seed=number)
+        return client.stream(text=prompts[number], stop=stop(150, ignore_eos=True), sampling=settings).text
+
+    alone = [ask(number) for number in range(12)]
+    before = server.metric("preemptions_total")
+    with ThreadPoolExecutor(12) as threads:
+        assert list(threads.map(ask, range(12))) == alone
+    assert server.metric("preemptions_total") > before
+
+
+def test_cancel_and_deadline_free_the_blocks(server: ServerProcess, client: Client) -> None:
+    def released() -> float:
+        return server.metric("cancel_release_seconds_count")
+
+    before = released()
+    leaving = client.open(text="x", stop=stop(1000, ignore_eos=True))
+    next(leaving)
+    leaving.cancel()
+    with pytest.raises(grpc.RpcError) as error:
+        gather(client.open(timeout=0.2, text="x", stop=stop(1000, ignore_eos=True)))
+    assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    wait_until(lambda: released() == before + 2, "both are released")
+    steps = server.metric("step_seconds_bucket", le="0.5") / server.metric("step_seconds_count")
+    assert steps == 1, "the machine is too slow for the next line to mean anything"
+    assert server.metric("cancel_release_seconds_sum") < 0.5 * released()
+    server.wait_until_idle()
+
+
+def test_health_answers_while_a_huge_text_is_tokenised(client: Client, server: ServerProcess) -> None:
+    text = "The quick brown fox jumps over the lazy dog, doesn't it? " * 90_000  # 5 MB
+    other, waits = server.connect(), []
+    with ThreadPoolExecutor() as threads:
+        huge = threads.submit(client.stream, timeout=60, text=text)
+        while not huge.done():
+            started = time.monotonic()
+            assert other.health() == SERVING
+            waits.append(time.monotonic() - started)
+        with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT"):
+            huge.result()
+    other.close()
+    took = server.metric("tokenize_seconds_sum")
+    p99 = sorted(waits)[int(0.99 * len(waits))]
+    print(f"p99 {p99:.4f} s, worst {max(waits):.4f} s of {len(waits)} calls; tokenised in {took:.2f} s")  # noqa: T201
+    assert len(waits) > 20
+    assert p99 < 0.25
+
+
+@pytest.mark.slow
+def test_killed_clients_leave_nothing_behind_and_disturb_nobody(serve: Serve, tiny_model_path: Path) -> None:
+    """200 connections of 8 processes, killed at random points of their streams, beside four that go on."""
+    server = serve(tiny_model_path, *ONE_THREAD, "--max-running", "256", "--page-size", "16")
+    client = server.connect()
+
+    def ask(number: int) -> tuple[str, list[int]]:
+        answer = client.stream(
+            timeout=60,
+            text=f"survivor {number}",
+            stop=stop(100, ignore_eos=True),
+            sampling=pb.SamplingConfig(temperature=0.9 * (number % 2), seed=number),
+            output=pb.OutputConfig(token_ids=True),
+        )
+        return answer.text, answer.token_ids
+
+    alone = [ask(number) for number in range(4)]
+    server.wait_until_idle()
+    files, tasks = server.resources()
+    over = threading.Event()
+
+    def survive(number: int) -> int:
+        rounds = 0
+        while not over.is_set():
+            assert ask(number) == alone[number]
+            rounds += 1
+        return rounds
+
+    rng = random.Random(5)
+    with ThreadPoolExecutor(12) as threads:
+        survivors = [threads.submit(survive, number) for number in range(4)]
+        try:
+            list(threads.map(lambda events: kill_a_client(server, events), [rng.randint(0, 30) for _ in range(8)]))
+        finally:
+            over.set()
+        assert all(survivor.result(60) > 0 for survivor in survivors)
+    server.wait_until_idle()
+    assert server.metric("requests_finished_total", reason="cancelled") == 200
+    assert [ask(number) for number in range(4)] == alone
+    wait_until(lambda: server.resources()[0] <= files, f"files are closed: {server.resources()}, {files} before")
+    assert server.resources()[1] <= tasks + 8  # gRPC keeps a few threads more or less, whatever happened
+    assert server.process.poll() is None
+    client.close()
+
+
+def kill_a_client(server: ServerProcess, events: int) -> None:
+    script = Path(__file__).parent / "support" / "victims.py"
+    victim = subprocess.Popen([sys.executable, script, server.address, "25", str(events)], stdout=subprocess.PIPE)
+    assert victim.stdout is not None
+    try:
+        assert victim.stdout.readline() == b"ready to die\n"
+    finally:
+        victim.kill()
+        victim.wait(WAIT)
+        victim.stdout.close()
+
+
+@pytest.mark.slow
+def test_sixteen_streams_of_the_default_model_are_each_as_if_alone(serve: Serve, default_model_path: Path) -> None:
+    server = serve(default_model_path, *ONE_THREAD)
+    subjects = ("rain", "bees", "Rome", "chess", "salt", "Mars", "tea", "jazz", "glass", "owls", "paper", "gold")
+    subjects += ("trains", "wolves", "bread", "ice")
+    questions = [f"Tell me {'again and ' * length}again about {what}." for length, what in enumerate(subjects)]
+    requests = [
+        pb.GenerateStreamRequest(
+            chat=pb.Chat(messages=[pb.ChatMessage(role="user", content=question)]),
+            stop=stop(20),
+            output=pb.OutputConfig(token_ids=True, logprobs=0),
+        )
+        for question in questions
+    ]
+
+    async def ask(stub: GenerationServiceStub, request: pb.GenerateStreamRequest) -> Answer:
+        return gather([event async for event in stub.GenerateStream(request, timeout=120)])
+
+    async def scenario() -> tuple[list[Answer], list[Answer]]:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub = GenerationServiceStub(channel)
+            alone = [await ask(stub, request) for request in requests]
+            return alone, await asyncio.gather(*(ask(stub, request) for request in requests))
+
+    alone, together = asyncio.run(scenario())
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert len({answer.text for answer in alone}) > 12, "the questions are too alike to tell answers apart"
+    assert server.metric("decode_step_tokens_total") > 0
+    server.wait_until_idle()
+
+
+def test_a_server_tells_when_it_is_ready_and_stops_when_told(serve: Serve, default_model_path: Path) -> None:
+    server = serve(default_model_path, *ONE_THREAD, ready=False)
+    client = server.connect()
+    watching = client.watch()
+    assert next(watching) == NOT_SERVING
+    assert client.health("liveness") == SERVING
+    with refused("UNAVAILABLE", "LOADING"):
+        client.stream(text="x")
+    assert next(watching) == SERVING
+    assert client.stream(chat=CHAT, stop=stop(2)).finished.usage.output_tokens == 2
+    client.close()
+    server.terminate()
+    assert server.wait_for_exit() == 0
+    assert "Traceback" not in "".join(server.log)
+
+
+def test_a_server_that_is_still_loading_stops_when_told(serve: Serve, default_model_path: Path) -> None:
+    server = serve(default_model_path, *ONE_THREAD, ready=False)
+    server.terminate()
+    assert server.wait_for_exit() == 0
+    assert not any("ready:" in line or "Traceback" in line for line in server.log)
+
+
+def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> None:
+    server = serve(tiny_model_path, *ONE_THREAD)
+    client = server.connect()
+    running = client.open(text="x", stop=stop(1500, ignore_eos=True))
+    next(running)
+    server.terminate()
+    server.wait_for_log("draining")
+    with refused("UNAVAILABLE", "DRAINING") as refusal:
+        client.stream(text="x")
+    assert refusal.got.retry_after == 30
+    assert list(running)[-1].finished.usage.output_tokens == 1500
+    assert server.wait_for_exit() == 0
+    client.close()
+
+
+def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
+    server = serve(tiny_model_path, *ONE_THREAD)
+    client = server.connect()
+    running = client.open(text="x", stop=stop(4000, ignore_eos=True))
+    next(running)
+    server.terminate()
+    server.wait_for_log("draining")
+    server.terminate()
+    with refused("UNAVAILABLE", "DRAINING"):
+        list(running)
+    assert server.wait_for_exit() == 0
+    client.close()
