@@ -39,11 +39,12 @@ class Pace:
         if not contexts:
             return None
         start = max((request.num_computed for request in running if request.num_uncomputed > 1), default=0)
-        left = self._target_gap - self._decode.predict(_decode_features(contexts))
+        decodes = self._decode.predict(_decode_features(contexts))
+        left = max(self._target_gap - decodes, decodes / 2)  # a third of the time where the target is out of reach
         per_token, per_attended = self._prompt.coefficients / (_SCALE, _SCALE**2)
         # n tokens from `start` on cost n * per_token + n * (start + n / 2) * per_attended = left
         linear = per_token + start * per_attended
-        if left <= 0 or linear <= 0:
+        if linear <= 0:  # nothing is known yet
             return MIN_PROMPT_TOKENS
         tokens = 2 * left / (linear + math.sqrt(linear**2 + 2 * per_attended * left))
         return max(int(tokens), MIN_PROMPT_TOKENS)

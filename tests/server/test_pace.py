@@ -95,10 +95,16 @@ def test_nobody_waits_so_nothing_is_limited() -> None:
     assert pace.prompt_tokens([]) is None
 
 
-@pytest.mark.parametrize("known", [0, 300])
-def test_prompts_get_on_where_the_target_cannot_be_kept_or_nothing_is_known(known: int) -> None:
-    pace = taught(Pace(0.001), Machine(), steps=known)
-    assert pace.prompt_tokens(running([100], 500)) == MIN_PROMPT_TOKENS
+def test_prompts_get_on_where_nothing_is_known() -> None:
+    assert Pace(0.06).prompt_tokens(running([100], 500)) == MIN_PROMPT_TOKENS
+
+
+def test_prompts_get_a_third_of_the_time_where_decodes_alone_miss_the_target() -> None:
+    machine = Machine(step=0.08)
+    length = taught(Pace(0.06), machine).prompt_tokens(running([100], 500))
+    assert length is not None
+    alone = machine.seconds(StepPlan((decode(100),)))
+    assert machine.seconds(StepPlan((decode(100), prompt(500, length)))) == pytest.approx(1.5 * alone, rel=0.05)
 
 
 def test_hours_of_decoding_wash_out_nothing_that_is_known_of_prompts() -> None:
