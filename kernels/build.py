@@ -2,7 +2,7 @@
 `python -m pagestream.kernels.build`. One library: it holds the CUDA kernels too where there is a CUDA device and nvcc,
 or with `--cuda`, and then still loads on a machine without either. The only place that reads the environment:
 
-PAGESTREAM_CPU_ISA: auto (default), avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
+PAGESTREAM_CPU_ISA: auto (default), vnni, avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
 """
 
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,14 @@ _TORCH_TARGET = (
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-_X86_ISAS = {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)}  # best first
-_OTHER_ISAS: dict[str, tuple[str, ...]] = {"baseline": ()}
+_VNNI = (*_AVX512, "-mavx512vnni")
+# Flags of every build of a source. What an instruction set runs is the best of them: kernels_named in bindings.cpp.
+_Builds = Mapping[str, Mapping[str, tuple[str, ...]]]
+_X86_BUILDS: _Builds = {
+    "attention": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+    "linear": {"vnni": _VNNI, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+}
+_OTHER_BUILDS: _Builds = {"attention": {"baseline": ()}, "linear": {"baseline": ()}}
 _CUDA_SOURCES = _SOURCES / "cuda"
 _HEAD_SIZES = (64, 80, 96, 128)
 _CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100f", "120f")  # f: and later ones of the family
@@ -63,12 +69,21 @@ class Status:
     """What serves CPU tensors in this process."""
 
     implementation: str  # "cpp" or "reference"
-    isa: str  # "avx512", "avx2", "baseline"; "none" for the reference
+    isa: str  # one of _isas(); "none" for the reference
     detail: str  # path of the library, or why there is none
 
 
-def _isas() -> dict[str, tuple[str, ...]]:
-    return _X86_ISAS if platform.machine() == "x86_64" else _OTHER_ISAS
+def _is_x86() -> bool:
+    return platform.machine() == "x86_64"
+
+
+def _builds() -> _Builds:
+    return _X86_BUILDS if _is_x86() else _OTHER_BUILDS
+
+
+def _isas() -> tuple[str, ...]:
+    """Best first; each has what the next one has."""
+    return ("vnni", "avx512", "avx2", "baseline") if _is_x86() else ("baseline",)
 
 
 def nvcc() -> str | None:
@@ -104,7 +119,7 @@ def build(*, with_cuda: bool | None = None) -> Path:
 
 
 def _fingerprint(compiler: str, cuda_compiler: str | None) -> str:
-    flags = (_FLAGS, _isas(), _TORCH_TARGET, _NVCC_FLAGS, cuda_compiler is not None)
+    flags = (_FLAGS, _builds(), _TORCH_TARGET, _NVCC_FLAGS, cuda_compiler is not None)
     digest = hashlib.sha256(repr(flags).encode())
     for program in filter(None, (compiler, cuda_compiler)):
         digest.update(subprocess.run([program, "--version"], capture_output=True, check=False).stdout)  # noqa: S603  # the user's own
@@ -143,8 +158,14 @@ def _cuda_commands() -> dict[str, list[str]]:
 
 def _cpp_commands(cuda_compiler: str | None) -> dict[str, list[str]]:
     commands = {
-        f"{isa}.o": [*flags, f"-DPAGESTREAM_ISA=pagestream_{isa}", "-c", str(_SOURCES / "attention.cpp")]
-        for isa, flags in _isas().items()
+        f"{name}_{isa}.o": [
+            *flags,
+            f"-DPAGESTREAM_ISA=pagestream_{name}_{isa}",
+            "-c",
+            str(_SOURCES / f"{name}.cpp"),
+        ]
+        for name, builds in _builds().items()
+        for isa, flags in builds.items()
     }
     torch_headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
     for name in ("bindings", "bindings_cuda")[: 1 if cuda_compiler is None else 2]:
@@ -176,9 +197,7 @@ def load() -> Status:
         path = str(build())
         ctypes.CDLL(path)  # registers its operators with torch
     except (BuildError, OSError) as error:
-        warnings.warn(
-            f"pagestream runs its slow reference attention on this CPU: {error}", RuntimeWarning, stacklevel=3
-        )
+        warnings.warn(f"pagestream runs its slow reference kernels on this CPU: {error}", RuntimeWarning, stacklevel=3)
         return Status("reference", "none", str(error))
     for isa in _isas() if wanted == "auto" else (wanted,):
         if _select(path, isa):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pagestream.kernels import packing
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn
 PAGE_SIZES = (16, 32, 64, 128)
@@ -55,6 +57,8 @@ def check_device(reference_tensor: Tensor, *tensors: Named) -> None:
 def check_dense(*tensors: Named, dims: int, dense: int) -> None:
     """`dims` dimensions, of which the last `dense` lie contiguously (a dimension of size 1 may have any stride)."""
     for name, tensor in tensors:
+        if tensor.dim() == dims and tensor.is_contiguous():
+            continue
         shape, strides = tensor.shape, tensor.stride()
         if len(shape) != dims:
             raise ValueError(f"{name} must have {dims} dimensions; it has shape {tuple(shape)}")
@@ -69,6 +73,17 @@ def check_shape(*tensors: tuple[str, Tensor, tuple[int, ...]]) -> None:
     for name, tensor, expected in tensors:
         if tensor.shape != expected:
             raise ValueError(f"{name} must have shape {tuple(expected)}; it has {tuple(tensor.shape)}")
+
+
+def check_packed(codes: Tensor, scales: Tensor, mins: Tensor | None) -> None:
+    groups = [("scales", scales), *([("mins", mins)] if mins is not None else [])]
+    check_dtype(torch.uint8, ("codes", codes))
+    check_dtype(torch.float16, *groups)
+    check_device(codes, *groups)
+    check_dense(("codes", codes), *groups, dims=3, dense=3)
+    code_bytes = packing.BLOCK * packing.GROUP // (1 if mins is None else 2)
+    expected = (*codes.shape[:2], packing.BLOCK)
+    check_shape(("codes", codes, (*expected[:2], code_bytes)), *((name, tensor, expected) for name, tensor in groups))
 
 
 def check_window(window: int) -> None:

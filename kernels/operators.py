@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pagestream.kernels import reference
+from pagestream.kernels import packing, reference
 from pagestream.kernels.checks import (
     FLOAT8,
     check_attention_shapes,
@@ -16,6 +16,7 @@ from pagestream.kernels.checks import (
     check_device,
     check_dtype,
     check_floats,
+    check_packed,
     check_scales,
     check_shape,
     check_window,
@@ -41,8 +42,14 @@ torch.library.define(
     "pagestream::store_kv",
     "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
 )
+torch.library.define(
+    "pagestream::quantized_linear", "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()"
+)
+torch.library.define("pagestream::dequantize", "(Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()")
 torch.library.impl("pagestream::paged_attention", "CompositeExplicitAutograd", reference.paged_attention)
 torch.library.impl("pagestream::store_kv", "CompositeExplicitAutograd", reference.store_kv)
+torch.library.impl("pagestream::quantized_linear", "CompositeExplicitAutograd", reference.quantized_linear)
+torch.library.impl("pagestream::dequantize", "CompositeExplicitAutograd", reference.dequantize)
 
 
 def _nothing_to_shape(*_args: object) -> None:
@@ -59,6 +66,8 @@ torch.library.register_fake("pagestream::plan_attention", _nothing_to_shape)
 # Only CUDA plans: elsewhere a workspace has no elements.
 torch.library.impl("pagestream::plan_attention", "CompositeExplicitAutograd", _nothing_to_shape)
 torch.library.impl("pagestream::attention_workspace_size", "CompositeExplicitAutograd", _no_workspace)
+torch.library.register_fake("pagestream::quantized_linear", _nothing_to_shape)
+torch.library.register_fake("pagestream::dequantize", _nothing_to_shape)
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -197,6 +206,36 @@ def plan_attention(
     torch.ops.pagestream.plan_attention.default(
         query_starts, context_lengths, num_heads, num_kv_heads, head_size, window, workspace
     )
+
+
+def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, *, out: Tensor) -> None:  # noqa: A002
+    """`out` [M, N] = `input` [M, K] times the transpose of a weight [N, K] packed as in packing.py (8-bit: no mins).
+
+    The input is rounded to integers, symmetric, for each row and group of 32: x = s * q, s = max |x| / 127. A group's
+    dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
+    beside it; a NaN in a row makes the row NaN. `input` and `out` share one of float32, bfloat16, float16.
+    Raises ValueError for a wrong dtype, device, layout or shape.
+    """
+    check_floats(("input", input), ("out", out))
+    check_packed(codes, scales, mins)
+    check_device(input, ("out", out), ("codes", codes))
+    check_dense(("input", input), ("out", out), dims=2, dense=1)
+    rows, blocks = len(input), len(codes)
+    check_shape(("input", input, (rows, codes.shape[1] * packing.GROUP)), ("out", out, (rows, out.shape[1])))
+    if -(-out.shape[1] // packing.BLOCK) != blocks:
+        raise ValueError(f"out has {out.shape[1]} columns, codes {blocks} blocks of {packing.BLOCK}")
+    load_kernels(input)
+    torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out)
+
+
+def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
+    """A packed weight, transposed, in bfloat16 [K, N padded to blocks of 16]. Raises ValueError as quantized_linear."""
+    check_packed(codes, scales, mins)
+    load_kernels(codes)
+    blocks, groups = codes.shape[:2]
+    out = codes.new_empty((groups * packing.GROUP, blocks * packing.BLOCK), dtype=torch.bfloat16)
+    torch.ops.pagestream.dequantize.default(codes, scales, mins, out)
+    return out
 
 
 def _has_kernel(query: Tensor, key_cache: Tensor) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pagestream.kernels import packing
+
 SINK_TOKENS = 4
 RECENT_TOKENS = 64
 _ROWS_AT_ONCE = 256  # bounds the score matrix
@@ -87,6 +89,22 @@ def paged_attention(
                 stats[rows] = _statistics(scores, weights, positions, visible)
             if page_masses is not None:
                 page_masses[rows] = _page_masses(weights, page_size, page_masses.shape[2])
+
+
+def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) -> None:  # noqa: A002
+    rows = torch.arange(out.shape[1], device=out.device)
+    weight = packing.unpack_rows(codes, scales, mins, rows)  # float32 [N, K]
+    groups = torch.unflatten(input.float(), 1, (-1, packing.GROUP))  # [M, G, 32]
+    largest = groups.abs().amax(-1, keepdim=True)
+    steps = torch.full_like(largest, 127) / largest  # 127 / largest would multiply by a rounded reciprocal
+    rounded = torch.round(groups * torch.where(largest < packing.SMALLEST, 0, steps))
+    quantized = rounded * torch.where(largest < packing.SMALLEST, 0, largest / 127)
+    out.copy_((quantized.flatten(1).double() @ weight.double().T).to(out.dtype))
+
+
+def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) -> None:
+    rows = torch.arange(out.shape[1], device=out.device)
+    out.copy_(packing.unpack_rows(codes, scales, mins, rows).T)
 
 
 def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, context: int, num_heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from pagestream.model.checkpoint_gguf import GgufCheckpoint
 from pagestream.model.checkpoint_hf import HfCheckpoint
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import ModelError, UnsupportedModelError
+from pagestream.model.quantization import Bits, Groups
 from pagestream.model.weights import expected_tensors
 
 
@@ -35,6 +36,13 @@ class Checkpoint(Protocol):
         """The tensor on the CPU: in the file's type from safetensors, dequantised to fp32 from GGUF. Query and key
         rows are in Hugging Face's order, where rotary positions turn the pairs (i, i + D/2).
         """
+
+    @property
+    def group_bits(self) -> Mapping[str, Bits]:
+        """The tensors that `read_groups` reads, stored in groups as `quantization.Groups`."""
+
+    def read_groups(self, name: str) -> Groups:
+        """The tensor's own codes and scales, exactly; rows in the order of `read`."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -13,11 +13,13 @@ import torch
 
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.gguf_config import parse_gguf_config
+from pagestream.model.quantization import Bits, Groups
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 _TYPES: Final = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_GROUP_BITS: Final[dict[str, Bits]] = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # what `quantization.Groups` holds exactly
 _NAMES: Final = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -69,13 +71,26 @@ class GgufCheckpoint:
         self.tensors = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._sources.items()}
         self.source_bytes = sum(int(tensor.n_bytes) for tensor in self._sources.values())
 
+    @property
+    def group_bits(self) -> dict[str, Bits]:
+        return {
+            name: _GROUP_BITS[tensor.tensor_type.name]
+            for name, tensor in self._sources.items()
+            if tensor.tensor_type.name in _GROUP_BITS
+        }
+
     def read(self, name: str) -> torch.Tensor:
-        tensor = _dequantize(self._sources[name])
+        return self._hugging_face_rows(name, _dequantize(self._sources[name]))
+
+    def read_groups(self, name: str) -> Groups:
+        return _groups(self._sources[name]).select(lambda rows: self._hugging_face_rows(name, rows))
+
+    def _hugging_face_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         if self._permuted and ".q_proj." in name:
-            return _rotate_half_order(tensor, self.config.num_heads)
+            return _rotate_half_order(rows, self.config.num_heads)
         if self._permuted and ".k_proj." in name:
-            return _rotate_half_order(tensor, self.config.num_kv_heads)
-        return tensor
+            return _rotate_half_order(rows, self.config.num_kv_heads)
+        return rows
 
 
 def open_gguf(path: Path) -> GGUFReader:
@@ -125,6 +140,23 @@ def _dequantize(tensor: ReaderTensor) -> torch.Tensor:
 
     # A copy where the values are the mapped file's own (F32): torch wants memory it may write to.
     return torch.from_numpy(np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, "W"))
+
+
+def _groups(tensor: ReaderTensor) -> Groups:
+    """Blocks of 32 weights: Q8_0 a float16 scale and 32 signed bytes; Q4_0 a scale and 16 bytes of two codes each, the
+    first half of the block in the low nibbles, worth scale * (code - 8); Q4_1 the same with a float16 min after the
+    scale, worth scale * code + min. -8 * scale is exact in float16, so Q4_0 becomes the form of Q4_1.
+    """
+    size = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}[tensor.tensor_type.name]
+    blocks = np.ascontiguousarray(tensor.data).reshape(len(tensor.data), -1, size)  # [N, K / 32, size]
+    scales = torch.from_numpy(blocks[..., :2].copy()).view(torch.float16)[..., 0]
+    if size == 34:
+        return Groups(torch.from_numpy(blocks[..., 2:] ^ 128).flatten(1), scales, None)
+    packed = torch.from_numpy(blocks[..., size - 16 :].copy())
+    codes = torch.cat((packed & 15, packed >> 4), dim=-1).flatten(1)
+    if size == 18:
+        return Groups(codes, scales, -8 * scales)
+    return Groups(codes, scales, torch.from_numpy(blocks[..., 2:4].copy()).view(torch.float16)[..., 0])
 
 
 def _rotate_half_order(rows: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.hf_config import parse_hf_config
+from pagestream.model.quantization import Bits, Groups
 
 _INDEX: Final = "model.safetensors.index.json"
 _DTYPES: Final = ("F32", "F16", "BF16")
@@ -37,6 +38,13 @@ class HfCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
+
+    @property
+    def group_bits(self) -> dict[str, Bits]:
+        return {}
+
+    def read_groups(self, name: str) -> Groups:
+        raise KeyError(name)
 
     def _add(self, path: Path) -> None:
         try:

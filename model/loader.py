@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from pagestream.model.checkpoint import check_tensors, open_checkpoint
+from pagestream.model.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import ModelError
 from pagestream.model.kv_cache import KVCache
 from pagestream.model.memory import MemoryPlan, available_memory, plan_memory
+from pagestream.model.quantization import Bits, Groups, choose_bits, quantize
 from pagestream.model.runner import Runner
-from pagestream.model.weights import build_weights, count_parameters
+from pagestream.model.weights import build_weights, count_parameters, expected_tensors
 
-DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
-KV_DTYPES: Final = DTYPES | {"fp16": torch.float16}
+_QUANTIZED: Final[dict[str, Bits]] = {"int8": 8, "int4": 4}
+DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16} | dict.fromkeys(
+    _QUANTIZED, torch.float32
+)  # of arithmetic
+KV_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ class LoadedModel:
     plan: MemoryPlan
     parameters: int
     device: str  # a torch device
-    dtype: str  # of weights and arithmetic, a key of DTYPES
+    dtype: str  # a key of DTYPES
     kv_dtype: str  # a key of KV_DTYPES
 
     @property
@@ -61,15 +66,18 @@ def load_model(
     """
     place = _choose_device(device)
     dtype = _choose_dtype(place) if dtype == "auto" else dtype
-    kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
+    if kv_dtype == "auto":
+        kv_dtype = "bf16" if dtype in _QUANTIZED else dtype
     _check_option("--dtype", dtype, DTYPES)
     _check_option("--kv-dtype", kv_dtype, KV_DTYPES)
     checkpoint = open_checkpoint(path)
     check_tensors(checkpoint)
     config = checkpoint.config
+    bits = _choose_bits(checkpoint, dtype, place)
     plan = plan_memory(
         config,
         dtype=DTYPES[dtype],
+        bits=bits,
         kv_dtype=KV_DTYPES[kv_dtype],
         page_size=page_size,
         max_context=min(max_context or config.max_position, config.max_position),
@@ -81,10 +89,31 @@ def load_model(
     _log.info("%s: %.1f M parameters, %s on %s", checkpoint.name, parameters / 1e6, dtype, place)
     for line in plan.report():
         _log.info("%s", line)
-    weights = build_weights(config, checkpoint.read, DTYPES[dtype], place, _running_total(progress, plan.weights_bytes))
+    weights = build_weights(
+        config,
+        checkpoint.read,
+        DTYPES[dtype],
+        place,
+        _running_total(progress, plan.weights_bytes),
+        {name: partial(_read_groups, checkpoint, name, wanted) for name, wanted in bits.items()},
+    )
     cache = KVCache(config, plan.num_pages, page_size, KV_DTYPES[kv_dtype], place)
     runner = Runner(config, weights, cache)
     return LoadedModel(checkpoint.name, config, runner, plan, parameters, str(place), dtype, kv_dtype)
+
+
+def _choose_bits(checkpoint: Checkpoint, dtype: str, device: torch.device) -> dict[str, Bits]:
+    if dtype not in _QUANTIZED:
+        return {}
+    if device.type != "cpu":
+        raise ModelError(f"--dtype {dtype} needs --device cpu")
+    return choose_bits(expected_tensors(checkpoint.config), _QUANTIZED[dtype], checkpoint.group_bits)
+
+
+def _read_groups(checkpoint: Checkpoint, name: str, bits: Bits) -> Groups:
+    if name in checkpoint.group_bits:
+        return checkpoint.read_groups(name)
+    return quantize(checkpoint.read(name), bits)
 
 
 def _running_total(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -13,6 +13,7 @@ import torch
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import NotEnoughMemoryError
 from pagestream.model.kv_cache import bytes_per_token
+from pagestream.model.quantization import Bits
 from pagestream.model.weights import expected_tensors, weight_bytes
 
 _POOL_CONTEXTS: Final = 16  # the pool wanted by default, in longest requests
@@ -62,6 +63,7 @@ def plan_memory(
     config: ModelConfig,
     *,
     dtype: torch.dtype,
+    bits: Mapping[str, Bits],
     kv_dtype: torch.dtype,
     page_size: int,
     max_context: int,
@@ -69,13 +71,14 @@ def plan_memory(
     kv_memory: int | None,
     available: int,
 ) -> MemoryPlan:
-    """`max_context`, `page_size` and `token_budget` in tokens, `kv_memory` and `available` in bytes.
+    """`bits` of the matrices that stay quantised; `max_context`, `page_size` and `token_budget` in tokens, `kv_memory`
+    and `available` in bytes.
 
     Without `kv_memory` the pool holds 16 requests of `max_context` or takes half of what weights and activations
     leave, whichever is less. Raises NotEnoughMemoryError where the plan does not fit `available`, or the pool not
     one page.
     """
-    weights = weight_bytes(config, dtype)
+    weights = weight_bytes(config, dtype, bits)
     activations = activation_bytes(config, dtype, token_budget)
     page_bytes = page_size * bytes_per_token(config, kv_dtype)
     if kv_memory is None:

@@ -23,7 +23,7 @@ class Network:
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self._config = config
         self._weights = weights
-        self._rope = RotaryEmbedding(config, weights.embedding.device)
+        self._rope = RotaryEmbedding(config, weights.norm.device)
         self._windows = [window or 0 for window in config.sliding_window] or [0] * config.num_layers
 
     @torch.inference_mode()
@@ -32,7 +32,7 @@ class Network:
 
         Running the same batch again writes the same values: a step can be repeated.
         """
-        hidden = functional.embedding(batch.token_ids, self._weights.embedding)  # [T, E]
+        hidden = self._weights.embedding.lookup(batch.token_ids)  # [T, E]
         cos, sin = self._rope(batch.positions)
         attended = hidden.new_empty(len(hidden), self._config.num_heads, self._config.head_dim)
         for layer, caches, window in zip(self._weights.layers, cache.layers, self._windows, strict=True):

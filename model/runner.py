@@ -19,7 +19,7 @@ class Runner:
     def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache) -> None:
         self._network = Network(config, weights)
         self._cache = cache
-        self._device = weights.embedding.device
+        self._device = weights.norm.device
 
     def step(self, plan: StepPlan) -> StepResult:
         """Raises NonFiniteLogitsError, naming the request, where the network returns no usable distribution."""

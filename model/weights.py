@@ -7,30 +7,17 @@ larger products for each token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch.nn import functional
 
+from pagestream.kernels.packing import packed_bytes
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import UnsupportedModelError
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    weight: torch.Tensor  # [out, in]
-    bias: torch.Tensor | None  # [out]
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[T, in] to [T, out]. A lone row is a matrix-vector product: in bf16 on a CPU torch reads the weights 1.4
-        times faster that way than through its matrix product."""
-        if len(rows) != 1:
-            return functional.linear(rows, self.weight, self.bias)
-        if self.bias is None:
-            return torch.mv(self.weight, rows[0])[None]
-        return torch.addmv(self.bias, self.weight, rows[0])[None]
+from pagestream.model.linear import DenseLinear, Linear, QuantizedLinear
+from pagestream.model.quantization import Bits, Groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +35,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    embedding: torch.Tensor  # [V, E]
+    embedding: Linear  # [V, E], looked up by token
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [E]
     lm_head: Linear  # [V, E]; the embedding itself when tied
@@ -89,8 +76,13 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in expected_tensors(config).values())
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    return count_parameters(config) * dtype.itemsize
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, bits: Mapping[str, Bits]) -> int:
+    """Bytes of all tensors once loaded; `bits` as from `quantization.choose_bits`."""
+    return sum(_tensor_bytes(shape, dtype, bits.get(name)) for name, shape in expected_tensors(config).items())
+
+
+def _tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype, bits: Bits | None) -> int:
+    return math.prod(shape) * dtype.itemsize if bits is None else packed_bytes(shape[0], shape[1], bits)
 
 
 def build_weights(
@@ -99,17 +91,19 @@ def build_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
+    groups: Mapping[str, Callable[[], Groups]] | None = None,
 ) -> Weights:
     """Reads every expected tensor once, converts it and lets it go, so the peak is the model and one source tensor.
+    The matrices named in `groups` are read from there and stay quantised.
 
     `progress` gets the bytes stored after each tensor; they add up to `weight_bytes`.
     Raises UnsupportedModelError for a tensor of another shape.
     """
-    loader = _Loader(expected_tensors(config), read, dtype, device, progress)
-    embedding = loader.stack("model.embed_tokens.weight")
+    loader = _Loader(expected_tensors(config), read, groups or {}, dtype, device, progress)
+    embedding = loader.linear("model.embed_tokens")
     layers = tuple(_build_layer(config, loader, f"model.layers.{index}.") for index in range(config.num_layers))
     norm = loader.stack("model.norm.weight")
-    lm_head = Linear(embedding, None) if config.tie_word_embeddings else loader.linear("lm_head")
+    lm_head = embedding if config.tie_word_embeddings else loader.linear("lm_head")
     return Weights(embedding, layers, norm, lm_head)
 
 
@@ -117,9 +111,18 @@ def build_weights(
 class _Loader:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]
+    groups: Mapping[str, Callable[[], Groups]]
     dtype: torch.dtype
     device: torch.device
     progress: Callable[[int], None] | None
+
+    def linear(self, *names: str) -> Linear:
+        weights = [f"{name}.weight" for name in names]
+        biases = [f"{name}.bias" for name in names]
+        bias = self.stack(*biases) if biases[0] in self.shapes else None
+        if weights[0] in self.groups:
+            return QuantizedLinear([self._read_groups(name) for name in weights], bias, self.dtype)
+        return DenseLinear(self.stack(*weights), bias)
 
     def stack(self, *names: str) -> torch.Tensor:
         """The named tensors one under the other."""
@@ -128,21 +131,26 @@ class _Loader:
         for name, end in zip(names, accumulate(rows), strict=True):
             part = stacked[end - self.shapes[name][0] : end]
             source = self.read(name)
-            if source.shape != part.shape:
-                raise UnsupportedModelError(
-                    f"tensor {name} has shape {list(source.shape)}, the config says {list(part.shape)}"
-                )
+            self._check_shape(name, source)
             part.copy_(source)
-            if self.progress is not None:
-                self.progress(part.nbytes)
+            self._report(name, None)
         return stacked
 
-    def linear(self, *names: str) -> Linear:
-        has_bias = f"{names[0]}.bias" in self.shapes
-        return Linear(
-            weight=self.stack(*(f"{name}.weight" for name in names)),
-            bias=self.stack(*(f"{name}.bias" for name in names)) if has_bias else None,
-        )
+    def _read_groups(self, name: str) -> Groups:
+        groups = self.groups[name]()
+        self._check_shape(name, groups.codes)
+        self._report(name, groups.bits)
+        return groups
+
+    def _check_shape(self, name: str, source: torch.Tensor) -> None:
+        if source.shape != self.shapes[name]:
+            raise UnsupportedModelError(
+                f"tensor {name} has shape {list(source.shape)}, the config says {list(self.shapes[name])}"
+            )
+
+    def _report(self, name: str, bits: Bits | None) -> None:
+        if self.progress is not None:
+            self.progress(_tensor_bytes(self.shapes[name], self.dtype, bits))
 
 
 def _build_layer(config: ModelConfig, loader: _Loader, prefix: str) -> LayerWeights:

@@ -71,9 +71,13 @@ def serve(
     max_context: Annotated[int | None, _setting("Tokens of prompt and answer.", "the model's")] = None,
     page_size: Annotated[int | None, _setting("Tokens: 16, 32, 64 or 128.", ServerConfig.page_size)] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
+    target_gap_ms: Annotated[float | None, _setting("Gap beside long prompts.", ServerConfig.target_gap_ms)] = None,
     max_running: Annotated[int | None, _setting("Requests at once.", "64, or the token budget")] = None,
     max_queue_requests: Annotated[int | None, _setting("More are refused.", ServerConfig.max_queue_requests)] = None,
     max_queue_tokens: Annotated[int | None, _setting("Of prompts that wait.", ServerConfig.max_queue_tokens)] = None,
+    slow_reader_seconds: Annotated[
+        float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
+    ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
 ) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,10 +21,12 @@ from pagestream.server.listener import Listener
 from pagestream.server.metrics import Metrics, ServerState
 from pagestream.server.served import ModelSlot
 from pagestream.server.streams import Streams
+from pagestream.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+STALL_SECONDS = 30.0  # longer than any step: then nothing has come of waiting work for too long
 _LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
 
 
@@ -62,7 +65,9 @@ async def _serve(config: ServerConfig) -> int:
             await listener.set_serving(serving=True)
             metrics.state = ServerState.READY
             log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
+            watching = loop.create_task(_watch_engine(model.engine, listener, metrics))
             await stopping
+            watching.cancel()
             await _drain(model.engine, listener, streams, metrics, config.drain_seconds, stop_now)
     finally:
         lag.cancel()
@@ -91,6 +96,21 @@ async def _drain(
     for wait in waits:
         wait.cancel()
     await asyncio.to_thread(engine.stop)
+
+
+async def _watch_engine(engine: Engine, listener: Listener, metrics: Metrics) -> None:
+    """Takes readiness away while the engine is stalled, and gives it back when it gets on."""
+    watchdog = Watchdog(STALL_SECONDS)
+    while True:
+        await asyncio.sleep(STALL_SECONDS / 10)
+        stalled = watchdog.is_stalled(time.monotonic(), metrics.snapshot, engine.inbox.num_live)
+        before, after = ServerState.READY, ServerState.STALLED
+        if not stalled:
+            before, after = after, before
+        if metrics.state is before:  # a failed engine stays so
+            log.warning("the engine is %s", "stalled: not ready" if stalled else "getting on again: ready")
+            metrics.state = after
+            await listener.set_serving(serving=not stalled)
 
 
 async def _watch_loop_lag(metrics: Metrics) -> None:

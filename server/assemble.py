@@ -12,12 +12,14 @@ from pagestream.model.default_model import resolve_model
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.model.tokenizer import load_tokenizer
+from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
 from pagestream.server.engine import Engine
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Publication
 from pagestream.server.metrics import Metrics
+from pagestream.server.pace import Pace
 from pagestream.server.scheduler import Scheduler
 from pagestream.server.served import ServedModel
 
@@ -51,7 +53,9 @@ def assemble(
     pool = BlockPool(loaded.plan.num_pages, config.page_size)
     scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
-    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, publish, on_fault)
+    pace = Pace(target_gap=config.target_gap_ms / 1000)
+    readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
+    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, readers, pace, publish, on_fault)
     engine.start()
     model = ServedModel(
         name=loaded.name,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "fp32", "bf16"]
+Dtype = Literal["auto", "fp32", "bf16", "int8", "int4"]
 KvDtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 Parse = Callable[[object], object]  # what a file or a flag says -> the value, or ValueError with what is allowed
@@ -77,6 +77,12 @@ def _seconds(value: object) -> float:
     return float(value)
 
 
+def _milliseconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is not a number of milliseconds above 0")
+    return float(value)
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} is not a name")
@@ -109,9 +115,11 @@ class ServerConfig:
     max_context: int | None = None  # tokens
     page_size: int = 32  # tokens
     token_budget: int = 512  # tokens of one step
+    target_gap_ms: float = 60.0  # between tokens of an answer, beside prompts being read
     max_running: int | None = None  # requests in one step; None: 64, or as many as the token budget serves
     max_queue_requests: int = 256
     max_queue_tokens: int = 262_144  # prompt tokens that wait
+    slow_reader_seconds: float = 30.0  # how long a stream may wait for its reader
     drain_seconds: float = 30.0
     cache_dir: Path = field(default_factory=default_cache_dir)
 
@@ -139,9 +147,11 @@ _PARSERS: Mapping[str, Parse] = {
     "max_context": _integer(2),  # one token of prompt, one of answer
     "page_size": _one_of(16, 32, 64, 128),  # what the attention kernels take
     "token_budget": _integer(1),
+    "target_gap_ms": _milliseconds,
     "max_running": _integer(1),
     "max_queue_requests": _integer(1),
     "max_queue_tokens": _integer(1),
+    "slow_reader_seconds": _seconds,
     "drain_seconds": _seconds,
     "cache_dir": _path,
 }

@@ -15,12 +15,20 @@ from typing import Protocol
 
 from pagestream.model.sampling import NonFiniteLogitsError
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
+from pagestream.server.backpressure import Backpressure, ReaderLimits
 from pagestream.server.block_pool import BlockPool
-from pagestream.server.errors import DeadlineExceededError, DrainingError, EngineFaultError, RequestError
-from pagestream.server.events import Failed
+from pagestream.server.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineFaultError,
+    QueueTimeoutError,
+    RequestError,
+    SlowReaderError,
+)
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import EngineSnapshot, Metrics
+from pagestream.server.pace import Pace
 from pagestream.server.request import FinishReason
 from pagestream.server.scheduler import Advance, Scheduler
 
@@ -49,6 +57,8 @@ class Engine:
         runner: Runner,
         metrics: Metrics,
         limits: QueueLimits,
+        readers: ReaderLimits,
+        pace: Pace,
         publish: Callable[[Publication], None],
         on_fault: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -57,12 +67,14 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._metrics = metrics
+        self._pace = pace
         self._publish = publish
         self._on_fault = on_fault
         self.clock = clock
         self.inbox = Inbox(limits, clock)
+        self._backpressure = Backpressure(readers, scheduler, metrics, clock)
         self._jobs: dict[str, Job] = {}
-        self._deadlines: list[tuple[float, str]] = []  # heap
+        self._deadlines: list[tuple[float, str]] = []  # heap, of both kinds of deadline
         self._publication: Publication = []
         self._failed_steps = 0
         self._seconds_per_token = 0.0  # smoothed over steps
@@ -85,41 +97,69 @@ class Engine:
             self._report()  # so that an idle server's pool is seen to be free
             while self._take_mail():
                 self._expire_deadlines()
+                self._expire_slow_readers()
                 self._step()
                 self._report()
-            self._end_all(FinishReason.SHUTDOWN, DrainingError("the server is shutting down", 1.0))
+            self._end_all(FinishReason.SHUTDOWN, lambda: DrainingError("the server is shutting down", 1.0))
         except Exception:  # whatever it is, clients must hear of it and readiness must drop
             log.exception("the engine is gone")
-            self._end_all(FinishReason.ERROR, EngineFaultError("the engine has stopped after an internal fault"))
+            fault = "the engine has stopped after an internal fault"
+            self._end_all(FinishReason.ERROR, lambda: EngineFaultError(fault))
             self._on_fault()
 
     def _take_mail(self) -> bool:
         """Waits for work, applies what arrived, and says whether to go on."""
-        mail = self.inbox.take(wait=not self._scheduler.has_work)
+        mail = self.inbox.take(self._seconds_to_wait())
         for job in mail.arrivals:
             self._jobs[job.request.request_id] = job
             self._scheduler.admit(job.request)
-            if job.deadline is not None:
-                heapq.heappush(self._deadlines, (job.deadline, job.request.request_id))
+            for deadline in (job.deadline, job.queue_deadline):
+                if deadline is not None:
+                    heapq.heappush(self._deadlines, (deadline, job.request.request_id))
         for job, seen in mail.cancels:
             if not job.is_finished:  # it may have ended by itself meanwhile
                 self._end(job, FinishReason.CANCELLED)
                 self._metrics.observe_cancel_release("client", self.clock() - seen)
+        for job, tokens in mail.reads:
+            self._backpressure.read(job, tokens)
         return not mail.stopping
+
+    def _seconds_to_wait(self) -> float | None:
+        """Not at all while there is work; while all that live are paused, until one has run out of time."""
+        if self._scheduler.has_work:
+            return 0.0
+        moment = self._backpressure.next_expiry
+        if moment is None:
+            return None
+        if self._deadlines:
+            moment = min(moment, self._deadlines[0][0])
+        return max(0.0, moment - self.clock())
 
     def _expire_deadlines(self) -> None:
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heapq.heappop(self._deadlines)
             job = self._jobs.get(request_id)
-            if job is None or job.deadline != deadline:  # it has ended; the id may be in use again
+            if job is None:  # it has ended
                 continue
-            self._end(job, FinishReason.DEADLINE, DeadlineExceededError(f"request {request_id}: the deadline passed"))
-            self._metrics.observe_cancel_release("deadline", self.clock() - deadline)
+            if job.deadline == deadline:  # else the id is in use again
+                error = DeadlineExceededError(f"request {request_id}: the deadline passed")
+                self._end(job, FinishReason.DEADLINE, error)
+                self._metrics.observe_cancel_release("deadline", self.clock() - deadline)
+            elif job.queue_deadline == deadline and job.first_scheduled is None:
+                text = f"request {request_id}: its turn did not come within its queue_timeout"
+                self._end(job, FinishReason.QUEUE_TIMEOUT, QueueTimeoutError(text, self.inbox.predicted_wait))
+
+    def _expire_slow_readers(self) -> None:
+        for job in self._backpressure.expired():
+            expired = self.clock()
+            text = f"request {job.request.request_id}: {job.unread} tokens wait and nobody reads them"
+            self._end(job, FinishReason.SLOW_READER, SlowReaderError(text))
+            self._metrics.observe_cancel_release("slow_reader", self.clock() - expired)
 
     def _step(self) -> None:
         started = self.clock()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._pace.prompt_tokens(self._scheduler.running))
         for chunk in plan.chunks:
             job = self._jobs[chunk.request_id]
             if job.first_scheduled is None:
@@ -130,6 +170,7 @@ class Engine:
         now = self.clock()
         self._advance(self._scheduler.commit(plan, result), now)
         self._metrics.observe_step(plan, now - started)
+        self._pace.observe(plan, now - started)
         self._seconds_per_token += 0.1 * ((now - started) / plan.num_tokens - self._seconds_per_token)
 
     def _execute(self, plan: StepPlan) -> StepResult:
@@ -181,16 +222,19 @@ class Engine:
                 finished = job.finished()
                 self._publication.append((job, finished))
                 self._release(job, finished.reason)
+            else:
+                self._backpressure.published(job)
         self._metrics.observe_gaps(contexts, gaps)
 
     def _end(self, job: Job, reason: FinishReason, error: RequestError | None = None) -> None:
         """A request ends without an answer; a client that left is told nothing."""
         if error is not None:
-            self._publication.append((job, Failed(error)))
+            self._publication.append((job, job.failed(error)))
         self._release(job, reason)
 
     def _release(self, job: Job, reason: FinishReason) -> None:
         self._scheduler.finish(job.request, reason)
+        self._backpressure.forget(job)
         del self._jobs[job.request.request_id]
         self.inbox.forget(job.request.request_id)
         self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
@@ -206,20 +250,21 @@ class Engine:
         self._metrics.snapshot = EngineSnapshot(
             running_contexts=[request.num_tokens for request in scheduler.running],
             waiting_contexts=[request.num_tokens for request in scheduler.waiting],
+            streams_paused=len(scheduler.paused),
             waiting_prompt_tokens=scheduler.waiting_tokens,
             oldest_waiting_since=min((self._jobs[r.request_id].received for r in scheduler.waiting), default=None),
             free_blocks=self._pool.num_free,
             active_blocks=self._pool.num_active,
             cached_blocks=self._pool.num_cached,
-            leaked_blocks=self._pool.num_active - sum(len(request.block_ids) for request in scheduler.running),
+            leaked_blocks=self._pool.num_active - scheduler.num_held_blocks,
         )
 
-    def _end_all(self, reason: FinishReason, error: RequestError) -> None:
+    def _end_all(self, reason: FinishReason, error: Callable[[], RequestError]) -> None:
         """Fails what is left when the thread ends, late arrivals too. Blocks need no freeing: the pool ends as well."""
-        self.inbox.refuse(error)
-        arrivals = self.inbox.take(wait=False).arrivals
+        self.inbox.refuse(error())
+        arrivals = self.inbox.take(0.0).arrivals
         for job in (*self._jobs.values(), *arrivals):
-            self._publication.append((job, Failed(error)))
+            self._publication.append((job, job.failed(error())))
             self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
         self._jobs.clear()
         self._publish(self._publication)

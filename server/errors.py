@@ -5,6 +5,7 @@ Plain Python on purpose: status.py turns these into google.rpc details at the ed
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 StatusName = Literal[
@@ -20,11 +21,21 @@ StatusName = Literal[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request has cost."""
+
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+
+
 class RequestError(Exception):
     """A request that is refused or that failed. `reason` is what clients switch on (google.rpc.ErrorInfo)."""
 
     status: ClassVar[StatusName] = "INTERNAL"
     reason: ClassVar[str] = "ENGINE_FAULT"
+    usage: Usage | None = None  # of a request that was taken on: what there was of its answer
 
     @property
     def retry_after_seconds(self) -> float | None:
@@ -81,6 +92,16 @@ class RetryableError(RequestError):
 class QueueFullError(RetryableError):
     status = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
+
+
+class QueueTimeoutError(RetryableError):
+    status = "RESOURCE_EXHAUSTED"
+    reason = "QUEUE_TIMEOUT"
+
+
+class SlowReaderError(RequestError):
+    status = "RESOURCE_EXHAUSTED"
+    reason = "SLOW_READER"
 
 
 class LoadingError(RetryableError):

@@ -24,6 +24,7 @@ class Mail:
 
     arrivals: list[Job]
     cancels: list[tuple[Job, float]]  # and when the cancel was seen
+    reads: list[tuple[Job, int]]  # and how many of its tokens gRPC took
     stopping: bool
 
 
@@ -36,6 +37,7 @@ class Inbox:
         self._changed = threading.Condition()
         self._arrivals: list[Job] = []
         self._cancels: list[tuple[Job, float]] = []
+        self._reads: list[tuple[Job, int]] = []
         self._live: set[str] = set()  # ids of all requests that were taken on and have not ended
         self._waiting_requests = 0  # arrivals and the scheduler's queue
         self._waiting_tokens = 0
@@ -74,14 +76,30 @@ class Inbox:
             self._cancels.append((job, self._clock()))
             self._changed.notify()
 
+    def acknowledge(self, job: Job, tokens: int) -> None:
+        """So many tokens of a stream have been taken by gRPC."""
+        with self._changed:
+            self._reads.append((job, tokens))
+            self._changed.notify()
+
     def refuse(self, refusal: RequestError) -> None:
         """Every newcomer gets this refusal from now on."""
         with self._changed:
             self._refusal = refusal
 
     @property
+    def num_live(self) -> int:
+        """Requests that were taken on and have not ended."""
+        return len(self._live)
+
+    @property
     def refusal(self) -> RequestError | None:
         return self._refusal
+
+    @property
+    def predicted_wait(self) -> float:
+        """Seconds until what waits now is read, from 1 to 60."""
+        return min(max(self._waiting_tokens * self._seconds_per_token, 1.0), 60.0)
 
     def stop(self) -> None:
         with self._changed:
@@ -96,21 +114,21 @@ class Inbox:
         return self._waiting_requests
 
     def _queue_full(self) -> QueueFullError:
-        wait = min(max(self._waiting_tokens * self._seconds_per_token, 1.0), 60.0)
-        return QueueFullError(
-            f"{self._waiting_requests} requests with {self._waiting_tokens} prompt tokens are waiting", wait
-        )
+        text = f"{self._waiting_requests} requests with {self._waiting_tokens} prompt tokens are waiting"
+        return QueueFullError(text, self.predicted_wait)
 
     # ---- the engine's thread
 
-    def take(self, *, wait: bool) -> Mail:
-        """Everything that arrived; with `wait`, not before something has."""
+    def take(self, wait_seconds: float | None) -> Mail:
+        """Everything that arrived. Waits so long for the first thing to arrive; None waits for ever."""
         with self._changed:
-            while wait and not (self._arrivals or self._cancels or self._stopping):
-                self._changed.wait()
-            mail = Mail(self._arrivals, self._cancels, self._stopping)
-            self._arrivals, self._cancels = [], []
+            self._changed.wait_for(self._has_mail, wait_seconds)
+            mail = Mail(self._arrivals, self._cancels, self._reads, self._stopping)
+            self._arrivals, self._cancels, self._reads = [], [], []
         return mail
+
+    def _has_mail(self) -> bool:
+        return bool(self._arrivals or self._cancels or self._reads or self._stopping)
 
     def forget(self, request_id: str) -> None:
         """The request has ended: its id may be used again."""

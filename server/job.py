@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from pagestream.model.step import SampledToken
 from pagestream.model.text_stream import TextStream
-from pagestream.server.events import Delta, Event, Finished, Progress, Timings
+from pagestream.server.errors import RequestError, Usage
+from pagestream.server.events import Delta, Event, Failed, Finished, Progress, Timings
 from pagestream.server.request import FinishReason, Request
 
 _ENDING_TOKEN = (FinishReason.END_OF_SEQUENCE, FinishReason.STOP_TOKEN)
@@ -20,6 +21,7 @@ class Job:
     text: TextStream
     received: float
     deadline: float | None = None
+    queue_deadline: float | None = None  # passes only while no step has worked on it
     progress_interval: float = 0.25
 
     first_scheduled: float | None = field(default=None, init=False)
@@ -27,6 +29,7 @@ class Job:
     last_token: float | None = field(default=None, init=False)
     gaps: list[float] = field(default_factory=list, init=False)
     matched_stop: str | None = field(default=None, init=False)
+    unread: int = field(default=0, init=False)  # tokens that gRPC has not taken yet
     _next_progress: float = field(default=0.0, init=False)
 
     @property
@@ -73,6 +76,12 @@ class Job:
             matched_stop=self.matched_stop,
             matched_stop_token_id=self.request.tokens[-1] if reason is FinishReason.STOP_TOKEN else None,
         )
+
+    def failed(self, error: RequestError) -> Failed:
+        """The end of a request that was taken on; `error` belongs to it alone."""
+        request = self.request
+        error.usage = Usage(request.num_prompt_tokens, request.num_output_tokens, request.num_preemptions)
+        return Failed(error)
 
     def timings(self) -> Timings:
         return Timings(

@@ -20,12 +20,14 @@ TOKENS = tuple(float(2**k) for k in range(18))
 Kind = Literal["histogram", "counter", "gauge"]
 Outcome = Literal["ok", "cancelled", "deadline", "rejected", "error"]
 StepMix = Literal["decode", "prefill", "mixed"]
-CancelledBy = Literal["client", "deadline", "shutdown"]
+CancelledBy = Literal["client", "deadline", "slow_reader", "shutdown"]
 REJECTION_REASONS = (  # those of errors.py, in lower case
     "invalid_field",
     "prompt_exceeds_model_context",
     "prompt_exceeds_kv_capacity",
     "queue_full",
+    "queue_timeout",
+    "slow_reader",
     "loading",
     "draining",
     "deadline",
@@ -91,8 +93,10 @@ FAMILIES = (
     _counter("requests_rejected_total", "Requests refused before admission", reason=REJECTION_REASONS),
     _histogram("cancel_release_seconds", "Cancel seen to KV blocks free", SECONDS, by=get_args(CancelledBy)),
     # Load, as of the last step.
-    _gauge("running_requests", "Requests that hold KV blocks, by their context now", ctx=CTX),
+    _gauge("running_requests", "Requests in the batch, by their context now", ctx=CTX),
     _gauge("waiting_requests", "Requests in the queue, by their context now", ctx=CTX),
+    _gauge("streams_paused", "Requests out of the batch because their readers are behind"),
+    _counter("stream_backpressure_seconds_total", "Time that requests were paused, when each pause ends"),
     _gauge("waiting_prompt_tokens", "Prompt tokens in the queue"),
     _gauge("oldest_waiting_seconds", "Time in the queue of the request longest there"),
     _gauge("batch_context_tokens", "Sum of the contexts decoded in the last step"),

@@ -38,6 +38,8 @@ from pagestream.server.request import FinishReason, Request
 _FAILURES: dict[FinishReason, Outcome] = {  # every other reason is an answer
     FinishReason.CANCELLED: "cancelled",
     FinishReason.DEADLINE: "deadline",
+    FinishReason.QUEUE_TIMEOUT: "rejected",
+    FinishReason.SLOW_READER: "cancelled",  # its client's doing
     FinishReason.ERROR: "error",
     FinishReason.SHUTDOWN: "error",
 }
@@ -47,6 +49,7 @@ class ServerState(Enum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    STALLED = "stalled"  # work waits and nothing comes of it
     FAILED = "failed"  # the engine is gone
 
 
@@ -67,6 +70,7 @@ class EngineSnapshot:
 
     running_contexts: Sequence[int] = ()  # known tokens of each running request
     waiting_contexts: Sequence[int] = ()
+    streams_paused: int = 0
     waiting_prompt_tokens: int = 0
     oldest_waiting_since: float | None = None  # a moment, not an age: the age must grow even while the engine hangs
     free_blocks: int = 0
@@ -85,6 +89,7 @@ class EngineSnapshot:
         return {
             "running_requests": _count_by_ctx(self.running_contexts),
             "waiting_requests": _count_by_ctx(self.waiting_contexts),
+            "streams_paused": {(): self.streams_paused},
             "waiting_prompt_tokens": {(): self.waiting_prompt_tokens},
             "oldest_waiting_seconds": {(): 0.0 if since is None else now - since},
             "kv_blocks": {(state,): count for state, count in blocks.items()},
@@ -187,6 +192,11 @@ class Metrics:
     def observe_cancel_release(self, by: CancelledBy, seconds: float) -> None:
         with self._lock:
             self._observe("cancel_release_seconds", seconds, by)
+
+    def observe_pause(self, seconds: float) -> None:
+        """A request was out of the batch for so long because its reader was behind."""
+        with self._lock:
+            self._count("stream_backpressure_seconds_total", seconds)
 
     def set_recomputation(self, preemptions: int, recomputed_tokens: int) -> None:
         """Totals since the start: running requests sent back to the queue, and what was computed again for them."""

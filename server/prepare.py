@@ -26,6 +26,7 @@ from pagestream.v1 import generation_pb2 as pb
 async def prepare(
     message: validate.GenerateMessage,
     model: ServedModel,
+    tenant: str,
     received: float,
     deadline: float | None,
     tokenizing: Executor,
@@ -39,6 +40,7 @@ async def prepare(
         message.sampling, message.output, message.stop.min_tokens, stop, model.vocab_size
     )
     interval = validate.progress_interval(message.output)
+    queue_timeout = validate.queue_timeout(message)
     if message.WhichOneof("prompt") == "token_ids":
         prompt = list(message.token_ids.ids)
     else:
@@ -63,6 +65,7 @@ async def prepare(
             max_tokens_is_capacity=wanted > room,
             eos_token_ids=stop.eos_token_ids,
             stop_token_ids=stop.stop_token_ids,
+            tenant=tenant,
         ),
         text=TextStream(
             tokenizer,
@@ -73,6 +76,7 @@ async def prepare(
         ),
         received=received,
         deadline=deadline,
+        queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
     )
 

@@ -10,8 +10,9 @@ from pagestream.model.step import SamplingParams
 
 
 class RequestState(Enum):
-    WAITING = auto()  # holds no blocks; not yet scheduled, or preempted
+    WAITING = auto()  # not yet scheduled, preempted, or back from a pause
     RUNNING = auto()
+    PAUSED = auto()  # its reader is behind
     FINISHED = auto()
 
 
@@ -25,6 +26,8 @@ class FinishReason(Enum):
     MAX_CONTEXT = "max_context"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    QUEUE_TIMEOUT = "queue_timeout"
+    SLOW_READER = "slow_reader"
     ERROR = "error"
     SHUTDOWN = "shutdown"
 
@@ -33,8 +36,8 @@ class FinishReason(Enum):
 class Request:
     """One prompt on its way. `num_computed` tokens catch up with `tokens`; there are no phases.
 
-    `check` holds the invariants: 0 <= num_computed < len(tokens); the blocks of a RUNNING request cover its computed
-    tokens; a WAITING or FINISHED one holds none.
+    `check` holds the invariants: 0 <= num_computed < len(tokens); its blocks cover its computed tokens until it is
+    FINISHED and holds none.
     """
 
     request_id: str
@@ -44,6 +47,7 @@ class Request:
     max_tokens_is_capacity: bool = False  # the clamp decided: ending there is MAX_CONTEXT, not MAX_TOKENS
     eos_token_ids: frozenset[int] = frozenset()  # empty when the client ignores them
     stop_token_ids: frozenset[int] = frozenset()
+    tenant: str = ""  # opaque; tenants share prompt tokens alike
 
     tokens: list[int] = field(init=False)  # prompt, then output
     num_computed: int = field(default=0, init=False)
@@ -81,14 +85,26 @@ class Request:
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
+    def reason_to_finish(self, capacity: int) -> FinishReason | None:
+        """Why its latest token ends it; None if it goes on. A pool of `capacity` tokens must hold all but that one."""
+        token_id = self.tokens[-1]
+        if token_id in self.eos_token_ids:
+            return FinishReason.END_OF_SEQUENCE
+        if token_id in self.stop_token_ids:
+            return FinishReason.STOP_TOKEN
+        if self.num_output_tokens >= self.max_new_tokens:
+            return FinishReason.MAX_CONTEXT if self.max_tokens_is_capacity else FinishReason.MAX_TOKENS
+        if self.num_tokens > capacity:  # it could never be computed
+            return FinishReason.MAX_CONTEXT
+        return None
+
     def check(self, block_size: int) -> None:
         """Raises RuntimeError if an invariant does not hold."""
-        running = self.state is RequestState.RUNNING
         invariants = {
             "0 <= num_computed < len(tokens)": 0 <= self.num_computed < len(self.tokens),
-            "blocks cover the computed tokens": not running or self.num_computed <= len(self.block_ids) * block_size,
-            "only a running request holds blocks": running or not self.block_ids,
-            "a waiting request has nothing computed": self.state is not RequestState.WAITING or self.num_computed == 0,
+            "blocks cover the computed tokens": self.is_finished
+            or self.num_computed <= len(self.block_ids) * block_size,
+            "a finished request holds no blocks": not (self.is_finished and self.block_ids),
             "only a finished request has a reason": self.is_finished == (self.finish_reason is not None),
         }
         broken = [invariant for invariant, holds in invariants.items() if not holds]

@@ -2,25 +2,29 @@
 
 The law, and why it holds:
 
-- Running requests followed by waiting ones are always in arrival order: the oldest waiting request starts, the youngest
-  running one is preempted, and a preempted one waits in front.
-- So the oldest request runs whenever there is one, is never preempted, and is served first in every step. Of requests
-  with at most L tokens each, the k-th oldest has finished after k * L steps, whatever arrives later.
-- A request starts only with budget that older ones leave over, so only the youngest running one can have more than one
-  token to compute: decodes come first, and the budget holds a token for each of them.
-- Blocks are released in one place, when a request leaves the running ones.
+- The oldest waiting request starts first, the youngest running one is preempted, and whoever waits again waits at its
+  place by arrival. So running requests followed by waiting ones are in arrival order, but for those back from a pause.
+- Without pauses, then, the oldest request runs whenever there is one, is never preempted, and gets on in every step. Of
+  requests with at most L tokens each, the k-th oldest has finished after k * L steps, whatever arrives later.
+- A request that is paused keeps its place and, until others need them, its blocks. It counts as work again when it is
+  resumed. It may then find younger ones running where it was, but none starts before it.
+- Decodes come first, and the budget holds a token for each running request. What they leave over, less if the caller
+  limits it, the prompts that run share (`fair_share.py`): the oldest always gets some, and short ones need not wait for
+  long ones. So a request starts as soon as there is room for it, not only when older prompts are read.
+- Blocks are released in one place, when a request has ended or others need them.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
+from pagestream.server.fair_share import FairShare
 from pagestream.server.request import FinishReason, Request, RequestState
 
 
@@ -50,8 +54,10 @@ class Scheduler:
         self._pool = pool
         self._token_budget = token_budget
         self._max_running = max_running
-        self._running: list[Request] = []  # in arrival order, all older than those waiting
-        self._waiting: deque[Request] = deque()  # in arrival order
+        self._running: list[Request] = []  # these three in arrival order
+        self._waiting: list[Request] = []
+        self._paused: list[Request] = []
+        self._fair_share = FairShare()
         self._num_admitted = 0
         self._in_flight: tuple[StepPlan, Sequence[Request]] | None = None  # planned, not committed
         self.num_preemptions_total = 0
@@ -64,8 +70,17 @@ class Scheduler:
 
     @property
     def waiting(self) -> Sequence[Request]:
-        """A live view, in arrival order; preempted requests are in front."""
+        """A live view, in arrival order."""
         return self._waiting
+
+    @property
+    def paused(self) -> Sequence[Request]:
+        """A live view, in arrival order."""
+        return self._paused
+
+    @property
+    def num_held_blocks(self) -> int:
+        return sum(len(request.block_ids) for request in self._live())
 
     @property
     def num_waiting(self) -> int:
@@ -78,6 +93,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether the next plan has something to do: a paused request has not."""
         return bool(self._running or self._waiting)
 
     def admit(self, request: Request) -> None:
@@ -92,19 +108,24 @@ class Scheduler:
         self._num_admitted += 1
         self._waiting.append(request)
 
-    def plan(self) -> StepPlan:
-        """Chooses the work of the next step and takes its blocks. Empty only if there is no request."""
+    def plan(self, max_prompt_tokens: int | None = None) -> StepPlan:
+        """Chooses the work of the next step and takes its blocks. Empty only if there is no request. Beside decodes, it
+        reads at most `max_prompt_tokens` of prompts, but never none.
+        """
         planned: dict[Request, Chunk] = {}
-        budget = self._token_budget
-        for request in self._next_in_line():
-            chunk = self._take_chunk(request, budget)
-            if chunk is not None:
-                planned[request] = chunk
-                budget -= chunk.length
-            if budget == 0:
-                break
-        plan = StepPlan(tuple(planned.values()))
-        self._in_flight = (plan, tuple(planned))
+        for request in [request for request in self._running if request.num_uncomputed == 1]:
+            self._plan_chunk(request, 1, planned)
+        budget = self._token_budget - len(planned)
+        if planned and max_prompt_tokens is not None:
+            budget = min(budget, max(max_prompt_tokens, 1))
+        while self._can_start():
+            self._start()
+        prompts = [request for request in self._running if request not in planned]
+        for request, length in self._fair_share.divide(prompts, budget):
+            self._plan_chunk(request, length, planned)
+        chosen = {request: chunk for request, chunk in planned.items() if request.state is RequestState.RUNNING}
+        plan = StepPlan(tuple(chosen.values()))
+        self._in_flight = (plan, tuple(chosen))
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Advance]:
@@ -121,6 +142,18 @@ class Scheduler:
             if request.state is RequestState.RUNNING
         ]
 
+    def pause(self, request: Request) -> None:
+        """Takes a running request out of the batch. What a step in flight computes for it is computed again."""
+        self._running.remove(request)
+        request.state = RequestState.PAUSED
+        insort(self._paused, request, key=_arrival)
+
+    def resume(self, request: Request) -> None:
+        """Puts a paused request back to its place in the queue."""
+        self._paused.remove(request)
+        request.state = RequestState.WAITING
+        insort(self._waiting, request, key=_arrival)
+
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Ends a request in any state and frees its blocks at once; a no-op if it has ended.
 
@@ -129,40 +162,39 @@ class Scheduler:
         """
         if request.is_finished:
             return
-        if request.state is RequestState.RUNNING:
-            self._running.remove(request)
-            self._release_blocks(request)
-        elif request in self._waiting:  # not so if it was refused
-            self._waiting.remove(request)
+        queue = self._queues()[request.state]
+        if request in queue:  # not so if it was refused
+            queue.remove(request)
+        self._release_blocks(request)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the pool, the requests and the queues disagree."""
-        self._pool.check_integrity(request.block_ids for request in self._running)
-        for queue, state in ((self._running, RequestState.RUNNING), (self._waiting, RequestState.WAITING)):
+        self._pool.check_integrity(request.block_ids for request in self._live())
+        for state, queue in self._queues().items():
             for request in queue:
                 request.check(self._pool.block_size)
                 if request.state is not state:
                     raise RuntimeError(f"request {request.request_id} is {request.state} among those {state}")
-        arrivals = [request.arrival or 0 for request in (*self._running, *self._waiting)]
-        if any(older >= younger for older, younger in pairwise(arrivals)):
-            raise RuntimeError(f"running, then waiting requests are not in arrival order: {arrivals}")
+            arrivals = [_arrival(request) for request in queue]
+            if any(older >= younger for older, younger in pairwise(arrivals)):
+                raise RuntimeError(f"those {state} are not in arrival order: {arrivals}")
         if len(self._running) > self._max_running:
             raise RuntimeError(f"{len(self._running)} requests run, {self._max_running} may")
 
-    def _next_in_line(self) -> Iterator[Request]:
-        """The running requests, then the waiting ones that can start: each chosen after those before it have taken
-        their blocks. One that is preempted meanwhile does not start again: some of the blocks it needs are taken.
-        """
-        for request in tuple(self._running):
-            if request.state is RequestState.RUNNING:  # not preempted by an older one just now
-                yield request
-        while self._can_start():
-            yield self._start()
+    def _queues(self) -> dict[RequestState, list[Request]]:
+        return {
+            RequestState.RUNNING: self._running,
+            RequestState.WAITING: self._waiting,
+            RequestState.PAUSED: self._paused,
+        }
+
+    def _live(self) -> Iterator[Request]:
+        return chain(self._running, self._waiting, self._paused)
 
     def _can_start(self) -> bool:
-        """Whether the oldest waiting request may start: nothing overtakes it, so it cannot starve.
+        """Whether the oldest waiting request may start: none starts before it, so it cannot starve.
 
         It must fit beside all that the running ones still have to compute, with some room for every answer to grow.
         That room is four times larger after each preemption, until whole answers fit. So no request is preempted step
@@ -176,25 +208,26 @@ class Scheduler:
             self._num_missing_blocks(request, min(request.num_tokens + growth, self._final_length(request)))
             for request in (*self._running, first)
         )
-        return wanted <= self._pool.num_free
+        lent = sum(len(request.block_ids) for request in chain(self._waiting[1:], self._paused))
+        return wanted <= self._pool.num_free + lent
 
-    def _start(self) -> Request:
-        request = self._waiting.popleft()
+    def _start(self) -> None:
+        request = self._waiting.pop(0)
         request.state = RequestState.RUNNING
-        self._running.append(request)
-        return request
+        insort(self._running, request, key=_arrival)
 
-    def _take_chunk(self, request: Request, budget: int) -> Chunk | None:
-        """As many tokens as the budget allows, with their blocks, which the youngest requests make room for. None if
-        `request` was the youngest itself and is preempted.
+    def _plan_chunk(self, request: Request, length: int, planned: dict[Request, Chunk]) -> None:
+        """Takes the blocks for the next `length` tokens. Those who do not run make room for them, then the youngest who
+        do. Who is preempted so, perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
         """
-        length = min(request.num_uncomputed, budget)
+        if request.state is not RequestState.RUNNING:  # preempted just now
+            return
         missing = self._num_missing_blocks(request, request.num_computed + length)
         while missing > self._pool.num_free:
-            if self._preempt_youngest() is request:
-                return None
+            if not self._reclaim() and self._preempt_youngest() is request:
+                return
         request.block_ids.extend(self._pool.allocate(missing))
-        return Chunk(
+        planned[request] = Chunk(
             request_id=request.request_id,
             tokens=request.tokens,
             num_prompt_tokens=request.num_prompt_tokens,
@@ -211,17 +244,30 @@ class Scheduler:
         """The most tokens `request` will ever hold in the cache: its last token is never computed."""
         return min(request.num_prompt_tokens + request.max_new_tokens - 1, self._pool.capacity)
 
+    def _reclaim(self) -> bool:
+        """Takes the blocks of the youngest request that holds some and does not run. False if there is none."""
+        idle = [request for request in chain(self._waiting, self._paused) if request.block_ids]
+        if not idle:
+            return False
+        self._take_away_blocks(max(idle, key=_arrival))
+        return True
+
     def _preempt_youngest(self) -> Request:
-        """Makes it wait without blocks. It keeps its tokens, whose keys and values will be computed again."""
+        """Makes it wait without blocks."""
         request = self._running.pop()
+        self._take_away_blocks(request)
+        request.state = RequestState.WAITING
+        insort(self._waiting, request, key=_arrival)
+        return request
+
+    def _take_away_blocks(self, request: Request) -> None:
+        """It keeps its tokens, whose keys and values will be computed again."""
         self._release_blocks(request)
         request.num_computed_before = max(request.num_computed_before, request.num_computed)
-        request.num_computed = 0
-        request.num_preemptions += 1
-        self.num_preemptions_total += 1
-        request.state = RequestState.WAITING
-        self._waiting.appendleft(request)
-        return request
+        if request.num_computed:  # else nothing is lost
+            request.num_computed = 0
+            request.num_preemptions += 1
+            self.num_preemptions_total += 1
 
     def _release_blocks(self, request: Request) -> None:
         self._pool.release(request.block_ids)
@@ -234,18 +280,11 @@ class Scheduler:
         request.num_computed = chunk.end
         if sampled is not None:
             request.tokens.append(sampled.token_id)
-            reason = self._reason_to_finish(request, sampled.token_id)
+            reason = request.reason_to_finish(self._pool.capacity)
             if reason is not None:
                 self.finish(request, reason)
         return Advance(request, sampled)
 
-    def _reason_to_finish(self, request: Request, token_id: int) -> FinishReason | None:
-        if token_id in request.eos_token_ids:
-            return FinishReason.END_OF_SEQUENCE
-        if token_id in request.stop_token_ids:
-            return FinishReason.STOP_TOKEN
-        if request.num_output_tokens >= request.max_new_tokens:
-            return FinishReason.MAX_CONTEXT if request.max_tokens_is_capacity else FinishReason.MAX_TOKENS
-        if request.num_tokens > self._pool.capacity:  # it could never be computed
-            return FinishReason.MAX_CONTEXT
-        return None
+
+def _arrival(request: Request) -> int:
+    return request.arrival or 0  # admitted, so it has one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
@@ -19,6 +20,8 @@ from pagestream.server.streams import Streams, merge
 from pagestream.server.validate import GenerateMessage
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.generation_pb2_grpc import GenerationServiceServicer
+
+TENANT_KEY = "x-pagestream-tenant"  # call metadata: requests that say the same share as one
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -72,7 +75,8 @@ class GenerationService(GenerationServiceServicer):
             engine.inbox.check_open()  # before tokenising: a full or draining server must not spend time on the prompt
             remaining = context.time_remaining()
             deadline = None if remaining is None else received + remaining
-            job = await prepare(request, model, received, deadline, self._tokenizing, self._metrics)
+            tenant = _tenant(context)
+            job = await prepare(request, model, tenant, received, deadline, self._tokenizing, self._metrics)
             queue_position = engine.inbox.submit(job)
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
@@ -90,10 +94,20 @@ class GenerationService(GenerationServiceServicer):
         async for event in mailbox:
             if isinstance(event, Failed):
                 raise event.error
-            yield event
-            if isinstance(event, Delta) and waiting_for_first:
-                waiting_for_first = False
-                self._metrics.observe_first_delta(job.request.num_prompt_tokens, time.monotonic() - received)
+            yield event  # comes back when gRPC has taken it
+            if isinstance(event, Delta):
+                engine.inbox.acknowledge(job, len(event.tokens))
+                if waiting_for_first:
+                    waiting_for_first = False
+                    self._metrics.observe_first_delta(job.request.num_prompt_tokens, time.monotonic() - received)
+
+
+def _tenant(context: Context) -> str:
+    """A digest of what the client calls itself, since the name itself is of no use and of no concern here."""
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_KEY:
+            return hashlib.blake2b(str(value).encode(), digest_size=8).hexdigest()
+    return ""
 
 
 def _response(event: pb.Accepted | Event, output: pb.OutputConfig) -> pb.GenerateStreamResponse:

@@ -13,7 +13,7 @@ class Mailbox:
     """Events of one request on their way to its handler; used on the event loop only.
 
     Deltas that wait are merged when they are read and progress is overwritten, so a slow reader costs a few events
-    and the tokens of its own answer, never more.
+    and at most the tokens that backpressure.py lets wait.
     """
 
     def __init__(self) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
+from google.protobuf.duration_pb2 import Duration
+
 from pagestream.model.step import SamplingParams
 from pagestream.server.errors import InvalidFieldError
 from pagestream.v1 import generation_pb2 as pb
@@ -106,8 +108,16 @@ def progress_interval(output: pb.OutputConfig) -> float:
     """Seconds. Raises InvalidFieldError."""
     if not output.HasField("progress_interval"):
         return 0.25
-    interval = output.progress_interval  # not ToTimedelta: it overflows
-    return _check_range("output.progress_interval", interval.seconds + interval.nanos / 1e9, 0, 3600)
+    return _seconds("output.progress_interval", output.progress_interval, 0)
+
+
+def queue_timeout(request: GenerateMessage) -> float | None:
+    """Seconds. Raises InvalidFieldError."""
+    return _seconds("queue_timeout", request.queue_timeout, 0.001) if request.HasField("queue_timeout") else None
+
+
+def _seconds(name: str, duration: Duration, low: float) -> float:
+    return _check_range(name, duration.seconds + duration.nanos / 1e9, low, 3600)  # not ToTimedelta: it overflows
 
 
 def _number(

@@ -206,21 +206,25 @@ def test_health_answers_while_a_huge_text_is_tokenised(client: Client, server: S
 
 @pytest.mark.slow
 def test_killed_clients_leave_nothing_behind_and_disturb_nobody(serve: Serve, tiny_model_path: Path) -> None:
-    """200 connections of 8 processes, killed at random points of their streams, beside four that go on."""
+    """200 connections of 8 processes, killed at random points of their streams, beside four that go on.
+
+    Sums in a batch of another size may differ in the last bits, so the four are prompts whose every greedy choice is
+    clear: by a thousandth at least, where the last bits were seen to move log-probabilities by 2e-5.
+    """
     server = serve(tiny_model_path, *ONE_THREAD, "--max-running", "256", "--page-size", "16")
     client = server.connect()
 
-    def ask(number: int) -> tuple[str, list[int]]:
-        answer = client.stream(
-            timeout=60,
-            text=f"survivor {number}",
-            stop=stop(100, ignore_eos=True),
-            sampling=pb.SamplingConfig(temperature=0.9 * (number % 2), seed=number),
-            output=pb.OutputConfig(token_ids=True),
-        )
-        return answer.text, answer.token_ids
+    def ask(number: int) -> Answer:
+        output = pb.OutputConfig(token_ids=True, logprobs=2)
+        return client.stream(timeout=60, text=f"survivor {number}", stop=stop(100, ignore_eos=True), output=output)
 
-    alone = [ask(number) for number in range(4)]
+    def is_clear(answer: Answer) -> bool:
+        return all(chosen.top[0].logprob - chosen.top[1].logprob > 1e-3 for chosen in answer.logprobs)
+
+    answers = {number: ask(number) for number in range(20)}
+    alone = {number: answer.token_ids for number, answer in answers.items() if is_clear(answer)}
+    survivors = list(alone)[:4]
+    assert len(survivors) == 4
     server.wait_until_idle()
     files, tasks = server.resources()
     over = threading.Event()
@@ -228,21 +232,21 @@ def test_killed_clients_leave_nothing_behind_and_disturb_nobody(serve: Serve, ti
     def survive(number: int) -> int:
         rounds = 0
         while not over.is_set():
-            assert ask(number) == alone[number]
+            assert ask(number).token_ids == alone[number]
             rounds += 1
         return rounds
 
     rng = random.Random(5)
     with ThreadPoolExecutor(12) as threads:
-        survivors = [threads.submit(survive, number) for number in range(4)]
+        surviving = [threads.submit(survive, number) for number in survivors]
         try:
             list(threads.map(lambda events: kill_a_client(server, events), [rng.randint(0, 30) for _ in range(8)]))
         finally:
             over.set()
-        assert all(survivor.result(60) > 0 for survivor in survivors)
+        assert all(survivor.result(60) > 0 for survivor in surviving)
     server.wait_until_idle()
     assert server.metric("requests_finished_total", reason="cancelled") == 200
-    assert [ask(number) for number in range(4)] == alone
+    assert all(ask(number).token_ids == alone[number] for number in survivors)
     wait_until(lambda: server.resources()[0] <= files, f"files are closed: {server.resources()}, {files} before")
     assert server.resources()[1] <= tasks + 8  # gRPC keeps a few threads more or less, whatever happened
     assert server.process.poll() is None

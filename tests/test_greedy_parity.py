@@ -21,7 +21,7 @@ from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PAGE_SIZE = 16
 NEW_TOKENS = 64

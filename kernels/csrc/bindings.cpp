@@ -6,15 +6,17 @@
 #include <string>
 #include <vector>
 
+#include "linear_params.h"
 #include "plan.h"
 #include "store_kv.h"
 #include "torch_params.h"
 
 extern "C" {
-extern const pagestream::AttentionKernel pagestream_baseline;
+extern const pagestream::AttentionKernel pagestream_attention_baseline;
+extern const pagestream::LinearKernel pagestream_linear_baseline;
 #if defined(__x86_64__)
-extern const pagestream::AttentionKernel pagestream_avx2;
-extern const pagestream::AttentionKernel pagestream_avx512;
+extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512;
+extern const pagestream::LinearKernel pagestream_linear_avx2, pagestream_linear_vnni;
 #endif
 }
 
@@ -22,6 +24,8 @@ namespace {
 
 using pagestream::AttentionKernel;
 using pagestream::AttentionParams;
+using pagestream::LinearKernel;
+using pagestream::LinearParams;
 
 bool has_avx2() {
 #if defined(__x86_64__)
@@ -40,17 +44,33 @@ bool has_avx512() {
 #endif
 }
 
-const AttentionKernel* kernel_named(const char* isa) {
+bool has_vnni() {
 #if defined(__x86_64__)
-  if (std::strcmp(isa, "avx512") == 0) return has_avx512() ? &pagestream_avx512 : nullptr;
-  if (std::strcmp(isa, "avx2") == 0) return has_avx2() ? &pagestream_avx2 : nullptr;
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
 #endif
-  return std::strcmp(isa, "baseline") == 0 ? &pagestream_baseline : nullptr;
 }
 
-const AttentionKernel* selected_kernel = nullptr;  // build.py selects one right after loading
+struct Kernels {
+  const AttentionKernel* attention;
+  const LinearKernel* linear;
+};
 
-// A float buffer of the calling thread that only grows: no allocation once warm.
+// What runs on `isa`: for each operator the best build it allows. None where this machine does not have it.
+std::optional<Kernels> kernels_named(const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "vnni" && has_vnni()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_vnni};
+  if (isa == "avx512" && has_avx512()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_avx2};
+  if (isa == "avx2" && has_avx2()) return Kernels{&pagestream_attention_avx2, &pagestream_linear_avx2};
+#endif
+  if (isa == "baseline") return Kernels{&pagestream_attention_baseline, &pagestream_linear_baseline};
+  return std::nullopt;
+}
+
+Kernels selected = {};  // build.py selects right after loading
+
+// A buffer of the calling thread that only grows: no allocation once warm.
 float* thread_buffer(int64_t floats) {
   constexpr size_t kAlignment = 64 / sizeof(float);
   thread_local std::vector<float> buffer;
@@ -64,7 +84,7 @@ void paged_attention(const Tensor query, const Tensor key_cache, const Tensor va
                      const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses,
                      const std::optional<Tensor> /*workspace*/, const std::optional<Tensor> /*key_scales*/,
                      const std::optional<Tensor> /*value_scales*/) {
-  const AttentionKernel& kernel = *selected_kernel;
+  const AttentionKernel& kernel = *selected.attention;
   const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
                                         scale, window, out, stats, page_masses);
   const pagestream::Plan plan = pagestream::make_plan(p, torch::stable::get_num_threads(), kernel.partial_floats(p));
@@ -109,18 +129,67 @@ void store_kv(const Tensor key, const Tensor value, const Tensor key_cache, cons
   store_one(value, value_cache, slots);
 }
 
+pagestream::PackedWeight packed_weight(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& mins) {
+  return {static_cast<const uint8_t*>(codes.data_ptr()), static_cast<const uint16_t*>(scales.data_ptr()),
+          mins ? static_cast<const uint16_t*>(mins->data_ptr()) : nullptr, codes.size(1)};
+}
+
+LinearParams make_params(const Tensor& input, const Tensor& codes, const Tensor& scales,
+                         const std::optional<Tensor>& mins, const Tensor& out) {
+  LinearParams p;
+  p.input = input.data_ptr();
+  p.out = out.data_ptr();
+  p.weight = packed_weight(codes, scales, mins);
+  p.input_stride = input.stride(0);
+  p.out_stride = out.stride(0);
+  p.rows = input.size(0);
+  p.outputs = out.size(1);
+  p.dtype = dtype_of(input);
+  return p;
+}
+
+void quantized_linear(const Tensor input, const Tensor codes, const Tensor scales, const std::optional<Tensor> mins,
+                      const Tensor out) {
+  const LinearKernel& kernel = *selected.linear;
+  LinearParams p = make_params(input, codes, scales, mins, out);
+  const int64_t groups = p.rows * p.weight.groups;
+  thread_local std::vector<float> quantized;  // only grows
+  if (quantized.size() < groups * (3 + pagestream::kGroup / sizeof(float)))
+    quantized.resize(groups * (3 + pagestream::kGroup / sizeof(float)));
+  p.x_scales = quantized.data();
+  p.x_offsets = p.x_scales + groups;
+  p.x_sums = reinterpret_cast<int32_t*>(p.x_offsets + groups);
+  p.x = reinterpret_cast<int8_t*>(p.x_sums + groups);
+  constexpr int64_t kGroupsPerThread = 2048, kProductsPerThread = 1 << 17;  // less is not worth waking a thread for
+  torch::stable::parallel_for(0, p.rows, kGroupsPerThread / p.weight.groups + 1,
+                              [&](int64_t begin, int64_t end) { kernel.quantize(p, begin, end); });
+  const int64_t per_block = p.rows * p.weight.groups * pagestream::kGroup * pagestream::kBlockOutputs;
+  torch::stable::parallel_for(0, codes.size(0), kProductsPerThread / (per_block + 1) + 1,
+                              [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
+}
+
+void dequantize(const Tensor codes, const Tensor scales, const std::optional<Tensor> mins, const Tensor out) {
+  const pagestream::PackedWeight weight = packed_weight(codes, scales, mins);
+  auto* to = static_cast<uint16_t*>(out.data_ptr());
+  constexpr int64_t kGroupsPerThread = 64;
+  torch::stable::parallel_for(
+      0, codes.size(0), kGroupsPerThread / weight.groups + 1,
+      [&](int64_t begin, int64_t end) { selected.linear->dequantize(weight, begin, end, to, out.stride(0)); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pagestream, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("store_kv", TORCH_BOX(&store_kv));
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("dequantize", TORCH_BOX(&dequantize));
 }
 
-// 0 when this machine cannot run `isa` ("baseline", "avx2", "avx512") or the library does not hold it. Not while an
-// operator runs.
+// 0 when this machine cannot run `isa` (a name of build.py) or the library does not hold it. Not while an operator runs.
 extern "C" __attribute__((visibility("default"))) int pagestream_select_isa(const char* isa) {
-  const AttentionKernel* kernel = kernel_named(isa);
-  if (kernel == nullptr) return 0;
-  selected_kernel = kernel;
+  const std::optional<Kernels> kernels = kernels_named(isa);
+  if (!kernels) return 0;
+  selected = *kernels;
   return 1;
 }

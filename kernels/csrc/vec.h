@@ -54,6 +54,12 @@ inline Float load_wide(const Float16* p) {
 
 inline void store(float* p, Float x) { memcpy(p, &x, sizeof x); }
 
+inline void store(BFloat16* p, Float x) {
+  const UInt bits = (UInt)x, rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const UShort narrow = __builtin_convertvector(x == x ? rounded : rounded * 0 + 0x7fc0u, UShort);
+  memcpy(p, &narrow, sizeof narrow);
+}
+
 inline Float broadcast(float x) { return x - Float{}; }
 
 // Explicit, and -ffp-contract=off elsewhere: the compiler may not choose to fuse in one instance of a template and

@@ -35,7 +35,7 @@ def run_program(tmp_path: Path, **environment: str) -> subprocess.CompletedProce
 def test_without_a_compiler_the_reference_serves_after_one_warning(tmp_path):
     done = run_program(tmp_path, CXX="no-such-compiler")
     assert done.stdout.startswith("reference none 1 "), done.stderr
-    assert "slow reference attention" in done.stdout
+    assert "slow reference kernels" in done.stdout
     assert "install g++" in done.stdout
     assert done.stdout.rstrip().endswith("[1.0]")
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from pagestream.model import loader
+from pagestream.model.batch import build_batch
 from pagestream.model.errors import ModelError, NotEnoughMemoryError
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
@@ -100,3 +101,22 @@ def test_too_little_memory_is_refused_before_a_tensor_is_read(folder: Path, monk
     monkeypatch.setattr(loader, "build_weights", None)
     with pytest.raises(NotEnoughMemoryError):
         load(folder)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("int8", 0.02), ("int4", 0.25)])
+def test_safetensors_are_quantized_on_request(folder: Path, dtype: str, tolerance: float) -> None:
+    """All matrices of this model divide into groups; norms stay as they are. The plan counts what is stored."""
+    stored: list[int] = []
+    loaded = load(folder, dtype=dtype, progress=lambda done, _total: stored.append(done))
+    assert (loaded.dtype, loaded.kv_dtype) == (dtype, "bf16")
+    assert stored[-1] == loaded.plan.weights_bytes
+    assert loaded.plan.weights_bytes < load(folder).plan.weights_bytes * (0.28 if dtype == "int8" else 0.23)
+    tokens = [5, 17, 42, 3, 88, 21]
+    exact, ours = (_logits(load(folder, dtype=name, kv_dtype="fp32"), tokens) for name in ("fp32", dtype))
+    assert 0 < (ours - exact).abs().mean() < tolerance * exact.abs().mean()
+
+
+def _logits(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
+    chunk = Chunk("a", tokens, len(tokens), 0, len(tokens), range(1), SamplingParams())
+    batch = build_batch(StepPlan((chunk,)), 16, torch.device("cpu"))
+    return loaded.runner._network.logits(batch, loaded.runner._cache)

@@ -42,6 +42,7 @@ KV_BYTES_PER_TOKEN_FP32 = 3 * 2 * 2 * 16 * 4
 def plan(**changes: Any) -> MemoryPlan:
     arguments: dict[str, Any] = {
         "dtype": torch.float32,
+        "bits": {},
         "kv_dtype": torch.float32,
         "page_size": 16,
         "max_context": 2048,

@@ -23,7 +23,7 @@ from pagestream.server.config import ServerConfig
 from pagestream.server.engine import MAX_FAILED_STEPS
 from pagestream.server.metrics import Metrics
 from pagestream.server.served import ServedModel
-from pagestream.v1 import model_pb2
+from pagestream.v1 import generation_pb2, model_pb2
 from tests.support.client import NOT_SERVING, SERVING, Client, gather, refused
 from tests.support.fakes import ByteTokenizer, Rig
 from tests.support.service import served, stop
@@ -168,11 +168,12 @@ def test_a_second_signal_ends_what_still_runs(run_app: RunApp) -> None:
         live.terminate()
         live.wait_for_log("draining")
         live.terminate()
-        with refused("UNAVAILABLE", "DRAINING"), ThreadPoolExecutor(1) as thread:
+        with refused("UNAVAILABLE", "DRAINING") as refusal, ThreadPoolExecutor(1) as thread:
             ending = thread.submit(gather, running)
             wait_until(lambda: _is_stopping(rig), "the engine is told to stop")
             rig.runner.allow(1)
             ending.result(WAIT)
+        assert refusal.got.usage == generation_pb2.Usage(prompt_tokens=3, output_tokens=1)
         live.wait_for_log("stopped")
         client.close()
 
@@ -206,6 +207,25 @@ def test_an_engine_that_is_gone_is_not_ready(run_app: RunApp) -> None:
         assert live.http("/healthz") == (503, "failed")
         with refused("INTERNAL", "ENGINE_FAULT"):
             client.stream(text="x")
+        client.close()
+
+    assert run_app(scenario) == 0
+
+
+def test_an_engine_that_hangs_is_not_ready_until_it_gets_on(run_app: RunApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "STALL_SECONDS", 0.2)
+
+    def scenario(live: LiveApp) -> None:
+        client, rig = live.become_ready()
+        watching = client.watch()
+        assert next(watching) == SERVING
+        rig.runner.hold()
+        running = client.open(text="abc", stop=stop(6))
+        assert next(watching) == NOT_SERVING
+        assert live.http("/healthz") == (503, "stalled")
+        rig.runner.allow()
+        assert next(watching) == SERVING
+        assert "".join(event.delta.text for event in running) == "abcabc"
         client.close()
 
     assert run_app(scenario) == 0

@@ -11,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from pagestream.model.step import StepPlan
 from pagestream.v1 import generation_pb2 as pb
 from tests.support.client import Client
 from tests.support.fakes import LONG, LONG_TEXT
@@ -21,7 +22,9 @@ MakeService = Callable[..., Service]
 
 
 def test_a_reader_that_stops_reading_holds_nobody_up(service: Service) -> None:
-    """Its answer is finished and its blocks are free long before it reads on; then it gets all of it."""
+    """Few enough tokens wait for it that its answer is finished and its blocks are free long before it reads on; then
+    it gets all of it.
+    """
     silent = service.client.open(token_ids=pb.TokenIds(ids=[LONG]), stop=stop(1000))
     next(silent)
     other = Client(service.address)
@@ -85,3 +88,31 @@ def test_a_slow_reader_that_leaves_is_forgotten(service: Service) -> None:
     slow.cancel()
     service.run(asyncio.wait_for(service.streams.all_closed(), WAIT))
     wait_until(service.is_idle, "its call is over")
+
+
+def test_tenants_share_the_reading_of_prompts(service: Service) -> None:
+    """Of three equal prompts the latest, another tenant's, gets as many tokens in each step as the two before it."""
+    service.rig.runner.hold()
+    first = service.client.open(text="x", stop=stop(1))
+    next(first)
+    service.rig.runner.wait_until_held()
+    calls = [
+        service.client.open(text="x" * 200, request_id=name, stop=stop(1), tenant=tenant)
+        for name, tenant in (("a1", "a"), ("a2", "a"), ("b", "b"))
+    ]
+    for call in calls:
+        next(call)
+    read: list[dict[str, int]] = []
+    tenants: set[str] = set()
+
+    def on_step(plan: StepPlan) -> None:
+        read.append({chunk.request_id: chunk.length for chunk in plan.chunks})
+        tenants.update(request.tenant for request in service.rig.scheduler.running)
+
+    service.rig.runner.on_step = on_step
+    service.rig.runner.allow()
+    for call in (first, *calls):
+        list(call)
+    assert read[1] == {"a1": 32, "b": 32}
+    assert len(tenants) == 3
+    assert tenants.isdisjoint({"a", "b"})  # nobody needs to know what they call themselves

@@ -36,7 +36,8 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
     values = {
         "model": "m.gguf", "device": "cpu", "dtype": "bf16", "kv_dtype": "fp16", "host": "::1", "grpc_port": 0,
         "http_port": 0, "threads": 3, "kv_memory": 4096, "max_context": 77, "page_size": 128, "token_budget": 9,
-        "max_running": 8, "max_queue_requests": 7, "max_queue_tokens": 6, "drain_seconds": 0.5, "cache_dir": "/c",
+        "max_running": 8, "max_queue_requests": 7, "max_queue_tokens": 6, "target_gap_ms": 7.5,
+        "slow_reader_seconds": 1.5, "drain_seconds": 0.5, "cache_dir": "/c",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(ServerConfig)}
     file = write(tmp_path, "".join(f"{name} = {value!r}\n" for name, value in values.items()))
@@ -47,7 +48,7 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
     ("name", "value", "allowed"),
     [
         ("device", "gpu", "auto, cpu, cuda"),
-        ("dtype", "int4", "auto, fp32, bf16"),
+        ("dtype", "int2", "auto, fp32, bf16, int8, int4"),
         ("kv_dtype", "int8", "auto, fp32, bf16, fp16"),
         ("grpc_port", 65536, "from 0 to 65535"),
         ("http_port", True, "from 0 to 65535"),
@@ -58,6 +59,7 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
         ("token_budget", 1.5, "at least 1"),
         ("max_queue_requests", "many", "at least 1"),
         ("drain_seconds", -1, "0 or more"),
+        ("target_gap_ms", 0, "above 0"),
         ("drain_seconds", float("nan"), "0 or more"),
         ("kv_memory", "2 gigs", "such as 2GiB"),
         ("kv_memory", 0, "such as 2GiB"),

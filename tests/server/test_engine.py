@@ -20,6 +20,8 @@ from pagestream.server.errors import (
     DuplicateRequestError,
     EngineFaultError,
     QueueFullError,
+    QueueTimeoutError,
+    Usage,
 )
 from pagestream.server.events import Failed, Finished, Progress
 from pagestream.server.inbox import QueueLimits
@@ -114,7 +116,7 @@ def test_a_cancel_frees_the_blocks_before_the_next_step(make_rig: MakeRig) -> No
     assert isinstance(rig.recorder.end_of("stayer"), Finished)
     assert not any(isinstance(event, Finished | Failed) for event in rig.recorder.events["leaver"])
     release = rig.metrics.read().histograms["cancel_release_seconds"]
-    assert release.counts[:, -1].tolist() == [1, 0, 0]  # client, deadline, shutdown
+    assert release.counts[:, -1].tolist() == [1, 0, 0, 0]  # client, deadline, slow reader, shutdown
 
 
 def test_a_deadline_frees_the_blocks_before_the_next_step(make_rig: MakeRig) -> None:
@@ -148,6 +150,24 @@ def test_a_deadline_ends_a_request_that_still_waits(make_rig: MakeRig) -> None:
     assert isinstance(rig.recorder.end_of("waiting"), Failed)
     assert waiting.first_scheduled is None
     assert isinstance(rig.recorder.end_of("first"), Finished)
+
+
+def test_a_queue_timeout_ends_only_what_no_step_has_worked_on(make_rig: MakeRig) -> None:
+    clock = FakeClock()
+    rig = make_rig(clock=clock, max_running=1)
+    rig.runner.hold()
+    rig.submit("first", max_new_tokens=3, queue_deadline=clock.now + 1)
+    rig.runner.wait_until_held()
+    impatient = rig.submit("impatient", queue_deadline=clock.now + 1, deadline=clock.now + 50)
+    rig.submit("patient", max_new_tokens=3, queue_deadline=clock.now + 30)
+    clock.now += 2
+    rig.runner.allow()
+    end = rig.recorder.end_of("impatient")
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, QueueTimeoutError)
+    assert 1 <= end.error.retry_after_seconds <= 60
+    assert (impatient.first_scheduled, impatient.request.finish_reason) == (None, FinishReason.QUEUE_TIMEOUT)
+    assert all(isinstance(rig.recorder.end_of(name), Finished) for name in ("first", "patient"))
 
 
 def test_the_deadline_of_an_ended_request_does_not_touch_a_later_one_of_the_same_id(make_rig: MakeRig) -> None:
@@ -251,6 +271,7 @@ def test_stop_ends_what_runs_and_what_waits(make_rig: MakeRig) -> None:
         end = rig.recorder.end_of(name)
         assert isinstance(end, Failed)
         assert isinstance(end.error, DrainingError)
+        assert end.error.usage == Usage(3, len(rig.recorder.text_of(name)), preemptions=0)
     with pytest.raises(DrainingError):
         rig.submit("late")
 

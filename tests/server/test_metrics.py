@@ -124,6 +124,7 @@ def test_finished_requests_equal_prometheus_own_metrics(
     for outcome in ("ok", "cancelled", "deadline", "rejected", "error"):
         duration.labels("m", outcome)
     outcome_of_failure = {"cancelled": "cancelled", "deadline": "deadline", "error": "error", "shutdown": "error"}
+    outcome_of_failure |= {"slow_reader": "cancelled", "queue_timeout": "rejected"}
     for reason, prompt_tokens, output_tokens in ends:
         gaps = tuple(0.001 * (k % 7) for k in range(output_tokens - 1))
         metrics.observe_finished(reason, make_request(prompt_tokens, output_tokens), make_timings(gaps=gaps), 0.3)

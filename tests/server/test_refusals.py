@@ -35,6 +35,7 @@ MakeService = Callable[..., Service]
             "INVALID_FIELD",
             ["output.progress_interval"],
         ),
+        ({"text": "x", "queue_timeout": Duration()}, "INVALID_ARGUMENT", "INVALID_FIELD", ["queue_timeout"]),
         ({"text": "x" * MAX_CONTEXT}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT", []),
         ({"text": "x" * KV_CAPACITY}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY", []),
         ({"text": "x", "model": "models/other"}, "NOT_FOUND", "UNKNOWN_MODEL", []),
@@ -97,6 +98,38 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_service: M
     service.rig.runner.allow()
     assert [event.delta.text for event in running][-1] is not None
     assert "".join(event.delta.text for event in waiting) == "cd"
+
+
+def test_a_request_that_waits_longer_than_it_wants_to_is_told_when_to_come_back(make_service: MakeService) -> None:
+    service = make_service(max_running=1)
+    service.rig.runner.hold()
+    running = service.client.open(text="ab", stop=stop(3))
+    next(running)
+    service.rig.runner.wait_until_held()
+    waiting = service.client.open(text="cd", queue_timeout=Duration(nanos=1_000_000))
+    next(waiting)
+    service.rig.runner.allow()
+    with refused("RESOURCE_EXHAUSTED", "QUEUE_TIMEOUT") as refusal:
+        gather([pb.GenerateStreamResponse(accepted=pb.Accepted()), *waiting])
+    assert (refusal.got.retry_after or 0) >= 1
+    assert [event.delta.text for event in running][-1] is not None
+
+
+def test_a_full_queue_takes_no_time_to_say_so(make_service: MakeService) -> None:
+    """Before it looks at the prompt: under 5 ms at the server for one of a million bytes."""
+    service = make_service(max_running=1, limits=QueueLimits(max_requests=1, max_tokens=10_000))
+    service.rig.runner.hold()
+    calls = [service.client.open(text="ab", stop=stop(3))]
+    next(calls[0])
+    service.rig.runner.wait_until_held()
+    for _ in range(20):
+        with refused("RESOURCE_EXHAUSTED", "QUEUE_FULL"):
+            service.client.stream(text="x" * 1_000_000)
+    reading = service.metrics.read()
+    outcomes = service.metrics._histograms["request_duration_seconds"].rows
+    assert reading.histograms["request_duration_seconds"].sums[outcomes["rejected",]] / 20 < 0.005
+    assert reading.histograms["tokenize_seconds"].counts[:, -1].sum() == 1  # the first one's
+    service.rig.runner.allow()
 
 
 def test_a_deadline_ends_the_call_and_frees_its_blocks(service: Service) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pagestream.model.step import Chunk, SampledToken, SamplingParams, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
-from pagestream.server.request import FinishReason, Request
+from pagestream.server.request import FinishReason, Request, RequestState
 from pagestream.server.scheduler import Scheduler
 
 VOCABULARY = 12  # tokens 0 .. 11; small, so that stale pages often hold plausible tokens
@@ -116,23 +116,38 @@ class Simulation:
             assert request.finish_reason is expected
             self.check()
 
+    def turn(self, request: Request) -> None:
+        """Its reader falls behind, or catches up."""
+        if request.state is RequestState.RUNNING:
+            self.scheduler.pause(request)
+        elif request.state is RequestState.PAUSED:
+            self.scheduler.resume(request)
+            self.events["resumed"] += 1
+        self.check()
+
     def step(self, interrupted_in_flight: Iterable[tuple[Request, FinishReason]] = ()) -> None:
-        self.runner.forget_all_but({block_id for request in self.scheduler.running for block_id in request.block_ids})
+        queues = (self.scheduler.running, self.scheduler.waiting, self.scheduler.paused)
+        self.runner.forget_all_but(
+            {block_id for queue in queues for request in queue for block_id in request.block_ids}
+        )
         live = [*self.scheduler.running, *self.scheduler.waiting]
+        running = [*self.scheduler.running]
         answering = {request.request_id for request in self.scheduler.running if request.num_uncomputed == 1}
         preemptions = {request.request_id: request.num_preemptions for request in live}
         plan = self.scheduler.plan()
         self.check()
 
         preempted = {
-            request.request_id for request in live if request.num_preemptions > preemptions[request.request_id]
+            request.request_id for request in running if request.num_preemptions > preemptions[request.request_id]
         }
         self.events["preempted"] += len(preempted)
         chosen = [chunk.request_id for chunk in plan.chunks]
         assert bool(chosen) == bool(live), "work waits or runs, so the plan is not empty"
         if live:
-            oldest = min(live, key=lambda request: request.arrival)
-            assert chosen[0] == oldest.request_id, "the oldest request makes progress in every step"
+            # One that comes back from a pause may find the places taken by younger ones.
+            contenders = self.scheduler.running if self.events["resumed"] else live
+            oldest = min(contenders, key=lambda request: request.arrival)
+            assert oldest.request_id in chosen, "the oldest request makes progress in every step"
         assert len(set(chosen)) == len(chosen) <= self.max_running
         assert preempted.isdisjoint(chosen)
         assert answering <= preempted | set(chosen), "every answer goes on in every step"
@@ -155,7 +170,13 @@ class Simulation:
     def check(self) -> None:
         self.scheduler.check_integrity()
         assert self.pool.num_free + self.pool.num_cached + self.pool.num_active == self.pool.num_blocks
-        assert self.pool.num_active == sum(len(request.block_ids) for request in self.scheduler.running)
+        assert self.pool.num_active == self.scheduler.num_held_blocks
+
+    def run_to_the_end(self) -> None:
+        while self.scheduler.has_work or self.scheduler.paused:
+            for request in tuple(self.scheduler.paused):
+                self.turn(request)
+            self.step()
 
     def check_answers(self) -> None:
         """After the end: everything is free, and every answer is the oracle's, or a beginning of it if interrupted."""
@@ -197,6 +218,7 @@ interruptions = st.tuples(st.integers(0, 7), st.sampled_from(INTERRUPTIONS))
 commands = st.one_of(
     st.tuples(st.just("admit"), arrivals),
     st.tuples(st.just("interrupt"), interruptions),
+    st.tuples(st.just("turn"), st.integers(0, 7)),
     st.tuples(st.just("step"), st.none() | interruptions),
 )
 
@@ -216,10 +238,12 @@ def test_any_schedule_answers_as_if_each_request_ran_alone(simulation: Simulatio
         elif command == "interrupt":
             for request, reason in pick(argument):
                 simulation.interrupt(request, reason)
+        elif command == "turn":
+            for request in simulation.requests[::-1][argument : argument + 1]:
+                simulation.turn(request)
         else:
             simulation.step(pick(argument) if argument else ())
-    while simulation.scheduler.has_work:
-        simulation.step()
+    simulation.run_to_the_end()
     simulation.check_answers()
 
 
@@ -261,11 +285,14 @@ def test_accounts_hold_through_ten_thousand_random_events() -> None:
         victims = [(chance.choice(live), chance.choice(INTERRUPTIONS)) for _ in range(2) if chance.random() < 0.2]
         for request, reason in victims[:1]:
             simulation.interrupt(request, reason)
+        for request in (*simulation.scheduler.running, *simulation.scheduler.paused):
+            if chance.random() < (0.3 if request.state is RequestState.PAUSED else 0.005):
+                simulation.turn(request)
         simulation.step(victims[1:])
-    for request in (*simulation.scheduler.running, *simulation.scheduler.waiting):
+    for request in (*simulation.scheduler.running, *simulation.scheduler.waiting, *simulation.scheduler.paused):
         simulation.interrupt(request, FinishReason.SHUTDOWN)
     simulation.check_answers()
-    for event in ("preempted", "cancelled", "deadline", "end_of_sequence", "stop_token", "max_tokens"):
+    for event in ("preempted", "resumed", "cancelled", "deadline", "end_of_sequence", "stop_token", "max_tokens"):
         assert simulation.events[event] >= 200, simulation.events
 
 

@@ -72,9 +72,10 @@ class Client:
         self.models = ModelServiceStub(self.channel)
         self._health = health_pb2_grpc.HealthStub(self.channel)
 
-    def open(self, timeout: float = WAIT, **fields: Any) -> Any:
+    def open(self, timeout: float = WAIT, tenant: str | None = None, **fields: Any) -> Any:
         """A stream, to be read by the caller."""
-        return self.generation.GenerateStream(pb.GenerateStreamRequest(**fields), timeout=timeout)
+        metadata = None if tenant is None else (("x-pagestream-tenant", tenant),)
+        return self.generation.GenerateStream(pb.GenerateStreamRequest(**fields), timeout=timeout, metadata=metadata)
 
     def stream(self, timeout: float = WAIT, **fields: Any) -> Answer:
         return gather(self.open(timeout, **fields))
@@ -103,16 +104,18 @@ class Refusal:
     reason: str | None
     fields: list[str]
     retry_after: float | None
+    usage: pb.Usage | None = None
 
 
 def refusal_of(error: grpc.RpcError) -> Refusal:
     status = rpc_status.from_call(error)
-    reason, fields, retry_after = None, [], None
+    reason, fields, retry_after, used = None, [], None, None
     for detail in status.details if status else ():
-        info, bad, retry = (
+        info, bad, retry, usage = (
             error_details_pb2.ErrorInfo(),
             error_details_pb2.BadRequest(),
             error_details_pb2.RetryInfo(),
+            pb.Usage(),
         )
         if detail.Unpack(info):
             assert (reason, info.domain) == (None, "pagestream")
@@ -121,7 +124,9 @@ def refusal_of(error: grpc.RpcError) -> Refusal:
             fields = [violation.field for violation in bad.field_violations]
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return Refusal(error.code(), error.details(), reason, fields, retry_after)
+        elif detail.Unpack(usage):
+            used = usage
+    return Refusal(error.code(), error.details(), reason, fields, retry_after, used)
 
 
 class Refused:

@@ -13,12 +13,14 @@ from pagestream.model.detokenizer import TokenText
 from pagestream.model.step import SampledToken, SamplingParams, StepPlan, StepResult
 from pagestream.model.text_stream import TextStream
 from pagestream.model.tokenizer import Tokenizer
+from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.engine import Engine
 from pagestream.server.events import Delta, Event, Failed, Finished
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import Metrics
+from pagestream.server.pace import Pace
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
 from tests.support.waiting import WAIT
@@ -142,6 +144,8 @@ class Rig:
         token_budget: int = 64,
         max_running: int = 8,
         limits: QueueLimits | None = None,
+        readers: ReaderLimits | None = None,
+        target_gap: float = 1e6,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
@@ -156,6 +160,8 @@ class Rig:
             self.runner,
             metrics,
             limits or QueueLimits(1000, 1_000_000),
+            readers or ReaderLimits(10_000, 1e9),  # a Recorder reads nothing
+            Pace(target_gap),
             publish or self.recorder.publish,
             on_fault or self.gone.set,
             clock,
@@ -178,6 +184,7 @@ def make_job(
     max_new_tokens: int = 6,
     received: float = 0.0,
     deadline: float | None = None,
+    queue_deadline: float | None = None,
     stop_strings: tuple[str, ...] = (),
     progress_interval: float = 0.0,
 ) -> Job:
@@ -187,5 +194,6 @@ def make_job(
         TextStream(ByteTokenizer(), stop_strings),
         received,
         deadline,
+        queue_deadline,
         progress_interval,
     )

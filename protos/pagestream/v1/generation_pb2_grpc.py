@@ -32,6 +32,8 @@ class GenerationServiceStub(object):
     protos/README.md), never messages inside a stream. A stream that ends OK has ended with `Finished`.
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
+    Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
+    tokens of prompts that each step can read are shared between tenants alike.
     """
 
     def __init__(self, channel):
@@ -59,6 +61,8 @@ class GenerationServiceServicer(object):
     protos/README.md), never messages inside a stream. A stream that ends OK has ended with `Finished`.
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
+    Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
+    tokens of prompts that each step can read are shared between tenants alike.
     """
 
     def GenerateStream(self, request, context):
@@ -104,6 +108,8 @@ class GenerationService(object):
     protos/README.md), never messages inside a stream. A stream that ends OK has ended with `Finished`.
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
+    Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
+    tokens of prompts that each step can read are shared between tenants alike.
     """
 
     @staticmethod

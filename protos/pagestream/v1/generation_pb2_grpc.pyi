@@ -33,6 +33,8 @@ class GenerationServiceStub:
     protos/README.md), never messages inside a stream. A stream that ends OK has ended with `Finished`.
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
+    Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
+    tokens of prompts that each step can read are shared between tenants alike.
     """
 
     @_typing.overload
@@ -54,6 +56,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     protos/README.md), never messages inside a stream. A stream that ends OK has ended with `Finished`.
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
+    Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
+    tokens of prompts that each step can read are shared between tenants alike.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -71,6 +75,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     protos/README.md), never messages inside a stream. A stream that ends OK has ended with `Finished`.
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
+    Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
+    tokens of prompts that each step can read are shared between tenants alike.
     """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,158 @@
+"""What a long prompt costs others, and others it: scenes against our own server on the default model.
+
+1. A stream decodes; an 8,000-token prompt arrives; in its middle a 32-token prompt. The gaps of the stream before and
+   meanwhile, the time to first token of both prompts, each also alone, for several targets.
+2. Eight prompts of 64 and eight of 2,048 tokens at once: times to first token.
+
+Method: the server in its own process, all clients in one event loop, times as a client sees them. Prompts are random
+token ids. The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from record import read_bandwidth, save
+
+from pagestream.v1 import generation_pb2 as pb
+from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
+
+VOCABULARY = 49_000  # a little less than the default model's
+
+
+@dataclass
+class Call:
+    """Moments at which tokens came, in seconds."""
+
+    begun: float
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def time_to_first_token(self) -> float:
+        return self.tokens[0] - self.begun
+
+    def gaps(self, begin: float = 0.0, end: float = float("inf")) -> list[float]:
+        """Between tokens of which the later came in this interval."""
+        pairs = zip(self.tokens, self.tokens[1:], strict=False)
+        return [later - earlier for earlier, later in pairs if begin <= later <= end]
+
+
+@contextlib.contextmanager
+def server(*flags: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "pagestream.server", "serve", "--grpc-port", "0", "--http-port", "0", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own server
+    try:
+        address = ""
+        for line in process.stderr or ():
+            if match := re.search(r"gRPC on (\S+:\d+)", line):
+                address = match[1]
+            if "ready:" in line:
+                break
+        else:
+            raise RuntimeError(f"the server ended with {process.wait()}")
+        yield address
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+async def stream(stub: GenerationServiceStub, prompt_tokens: int, new_tokens: int, call: Call | None = None) -> Call:
+    ids = [random.randrange(VOCABULARY) for _ in range(prompt_tokens)]  # noqa: S311 - not a secret
+    request = pb.GenerateStreamRequest(
+        token_ids=pb.TokenIds(ids=ids),
+        stop=pb.StopConfig(max_tokens=new_tokens, ignore_eos=True),
+        output=pb.OutputConfig(token_ids=True),
+    )
+    call = call or Call(0.0)
+    call.begun = time.perf_counter()
+    async for event in stub.GenerateStream(request):
+        call.tokens.extend([time.perf_counter()] * len(event.delta.token_ids))
+    return call
+
+
+@contextlib.asynccontextmanager
+async def connect(address: str) -> AsyncIterator[GenerationServiceStub]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield GenerationServiceStub(channel)
+
+
+async def one_stream_and_a_long_prompt(address: str, long_tokens: int) -> dict[str, Any]:
+    async with connect(address) as stub:
+        short_alone = statistics.median([(await stream(stub, 32, 1)).time_to_first_token for _ in range(5)])
+        long_alone = (await stream(stub, long_tokens, 1)).time_to_first_token
+        victim = Call(0.0)
+        decoding = asyncio.create_task(stream(stub, 64, 100_000, victim))
+        await asyncio.sleep(4)  # the stream alone
+        long_begun = time.perf_counter()
+        reading = asyncio.create_task(stream(stub, long_tokens, 1))
+        await asyncio.sleep(long_alone * 0.6)
+        short = await stream(stub, 32, 1)
+        long = await reading
+        decoding.cancel()
+        await asyncio.gather(decoding, return_exceptions=True)
+    beside = victim.gaps(long_begun, long.tokens[0])
+    return {
+        "gap_alone_ms": _milliseconds(victim.gaps(end=long_begun)),
+        "gap_beside_ms": _milliseconds(beside),
+        "long_ttft_s": {"alone": long_alone, "beside": long.time_to_first_token},
+        "long_ttft_ratio": long.time_to_first_token / long_alone,
+        "short_ttft_ms": {"alone": short_alone * 1e3, "in_the_middle": short.time_to_first_token * 1e3},
+    }
+
+
+async def short_and_long_at_once(address: str) -> dict[str, Any]:
+    async with connect(address) as stub:
+        lengths = [64, 2048] * 8
+        begun = time.perf_counter()
+        calls = await asyncio.gather(*(stream(stub, length, 16) for length in lengths))
+        total = time.perf_counter() - begun
+    result: dict[str, Any] = {"total_s": total}
+    for wanted in (64, 2048):
+        times = [call.time_to_first_token for call, length in zip(calls, lengths, strict=True) if length == wanted]
+        result[f"ttft_s_{wanted}"] = {"median": statistics.median(times), "max": max(times)}
+    return result
+
+
+def _milliseconds(gaps: list[float]) -> dict[str, float]:
+    ordered = sorted(gap * 1e3 for gap in gaps)
+    if not ordered:
+        return {}
+    return {
+        "p50": statistics.median(ordered),
+        "p99": ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)],
+        "max": ordered[-1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", type=float, nargs="+", default=[60.0], help="--target-gap-ms of the server")
+    parser.add_argument("--long-tokens", type=int, default=8000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    result: dict[str, Any] = {"read_bandwidth_gb_s": read_bandwidth() / 1e9, "targets": {}}
+    for target in options.targets:
+        with server("--target-gap-ms", str(target)) as address:
+            scene = asyncio.run(one_stream_and_a_long_prompt(address, options.long_tokens))
+            print(target, scene, flush=True)  # noqa: T201 - it takes minutes
+            scene["sixteen_at_once"] = asyncio.run(short_and_long_at_once(address))
+            print(target, scene["sixteen_at_once"], flush=True)  # noqa: T201
+            result["targets"][target] = scene
+    save("interference", result, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""When an engine that does nothing loses readiness, and when it is right to do nothing."""
+
+from __future__ import annotations
+
+from pagestream.server.metrics import EngineSnapshot
+from pagestream.server.watchdog import Watchdog
+
+PATIENCE = 3.0
+
+
+def verdicts(snapshots: list[EngineSnapshot], live: int) -> list[bool]:
+    """Of one look each second."""
+    watchdog = Watchdog(PATIENCE)
+    return [watchdog.is_stalled(100.0 + second, snapshot, live) for second, snapshot in enumerate(snapshots)]
+
+
+def test_an_idle_engine_is_well() -> None:
+    assert not any(verdicts([EngineSnapshot()] * 10, live=0))
+
+
+def test_an_engine_that_steps_is_well() -> None:
+    assert not any(verdicts([EngineSnapshot(running_contexts=[1]) for _ in range(10)], live=3))
+
+
+def test_an_engine_that_waits_for_its_readers_is_well() -> None:
+    assert not any(verdicts([EngineSnapshot(streams_paused=2)] * 10, live=2))
+
+
+def test_a_step_that_does_not_end_stalls() -> None:
+    hanging = EngineSnapshot(running_contexts=[5])
+    assert verdicts([hanging] * 5, live=1) == [False, False, False, True, True]
+
+
+def test_requests_that_nobody_takes_in_stall() -> None:
+    """The first step of an idle engine hangs: its snapshot still says that there is nothing to do."""
+    assert verdicts([EngineSnapshot()] * 5, live=1)[-1]
+
+
+def test_requests_that_wait_while_none_runs_stall_however_many_steps_go_by() -> None:
+    assert verdicts([EngineSnapshot(waiting_contexts=[5]) for _ in range(5)], live=1)[-1]
+
+
+def test_one_step_makes_it_well_again() -> None:
+    hanging = EngineSnapshot(running_contexts=[5])
+    seen = verdicts([*[hanging] * 5, EngineSnapshot(running_contexts=[6]), EngineSnapshot()], live=1)
+    assert seen == [False, False, False, True, True, False, False]
