@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO
@@ -17,22 +18,36 @@ from typing import IO
 import torch
 from record import environment
 
-STEPS = {
-    "operators": ["-m", "pytest", "tests/kernels", "-m", "gpu", "-q"],
-    "model": ["-m", "pytest", "tests/model", "-m", "gpu", "-q"],
+PYTHON = (sys.executable,)
+PYTEST = (*PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
+SHORT = ("tests/kernels/test_cuda_device.py", "-k", "window or float8 or padded")
+# Programs, arguments, and seconds after which a step is given up: 9 minutes in all.
+STEPS: dict[str, tuple[tuple[str, ...], int]] = {
+    "build": ((*PYTHON, "-m", "pagestream.kernels.build", "--cuda"), 150),
+    "operators": ((*PYTEST, "tests/kernels"), 120),
+    "memcheck": (("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, *SHORT), 60),
+    "racecheck": (("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *PYTEST, *SHORT), 60),
+    "benchmark": ((*PYTHON, "-m", "pagestream.kernels.bench_cuda"), 120),
+    "model": ((*PYTEST, "tests/model"), 30),
 }
-SECONDS_PER_STEP = 240
 
 
-def run(arguments: list[str], log: IO[str]) -> dict[str, float]:
+def run(arguments: tuple[str, ...], limit_s: int, log: IO[str]) -> dict[str, float]:
+    """Exit code (-9: given up, 127: no such program) and seconds of one step."""
     started = time.monotonic()
-    process = subprocess.Popen(  # noqa: S603 - our own steps
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    try:
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603 - our own steps
+    except FileNotFoundError as error:
+        log.write(f"{error}\n")
+        return {"exit_code": 127, "seconds": 0}
+    timer = threading.Timer(limit_s, process.kill)
+    timer.start()
     for line in process.stdout or ():
         sys.stdout.write(line)
         log.write(line)
-    return {"exit_code": process.wait(SECONDS_PER_STEP), "seconds": round(time.monotonic() - started, 1)}
+    exit_code = process.wait()
+    timer.cancel()
+    return {"exit_code": exit_code, "seconds": round(time.monotonic() - started, 1)}
 
 
 def main() -> int:
@@ -45,9 +60,11 @@ def main() -> int:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "gpu-check.log").open("w") as log:
-        steps = {name: run(arguments, log) for name, arguments in STEPS.items()}
-    result = {"benchmark": "gpu-check", "device": torch.cuda.get_device_name(), **environment(), "steps": steps}
-    (folder / "gpu-check.json").write_text(json.dumps(result, indent=1) + "\n")
+        steps: dict[str, dict[str, float]] = {}
+        result = {"benchmark": "gpu-check", "device": torch.cuda.get_device_name(), **environment(), "steps": steps}
+        for name, (arguments, limit_s) in STEPS.items():
+            steps[name] = run(arguments, limit_s, log)
+            (folder / "gpu-check.json").write_text(json.dumps(result, indent=1) + "\n")  # even if the next step hangs
     return int(any(step["exit_code"] for step in steps.values()))
 
 

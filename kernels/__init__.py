@@ -1,5 +1,21 @@
 """One public function per operator."""
 
-from pagestream.kernels.operators import dequantize, paged_attention, quantized_linear, store_kv
+from pagestream.kernels.append import append_kv
+from pagestream.kernels.operators import (
+    attention_workspace,
+    dequantize,
+    paged_attention,
+    plan_attention,
+    quantized_linear,
+    store_kv,
+)
 
-__all__ = ["dequantize", "paged_attention", "quantized_linear", "store_kv"]
+__all__ = [
+    "append_kv",
+    "attention_workspace",
+    "dequantize",
+    "paged_attention",
+    "plan_attention",
+    "quantized_linear",
+    "store_kv",
+]

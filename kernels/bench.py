@@ -1,4 +1,4 @@
-"""Attention on this CPU against torch SDPA and against the machine's own limits, in one run.
+"""Attention on this CPU against torch SDPA and against the machine's own limits, in one run (a GPU: bench_cuda.py).
 
 `python -m pagestream.kernels.bench` measures the read bandwidth first (float32 sum of 512 MiB, all threads). Then, for
 9 query and 3 KV heads of size 64 in bf16 (SmolLM2-135M) and 32/8 heads of size 128 (Llama-3.1-8B):

@@ -1,7 +1,8 @@
-"""Compiles and loads the CPU kernels: g++ called directly, into the user's cache folder, at first use or by
-`python -m pagestream.kernels.build`. The only place that reads the environment:
+"""Compiles and loads the kernels: g++ and nvcc called directly, into the user's cache folder, at first use or by
+`python -m pagestream.kernels.build`. One library: it holds the CUDA kernels too where there is a CUDA device and nvcc,
+or with `--cuda`, and then still loads on a machine without either. The only place that reads the environment:
 
-PAGESTREAM_CPU_ISA: auto (default), vnni, avx512, avx2, baseline, or reference (no C++ at all).
+PAGESTREAM_CPU_ISA: auto (default), vnni, avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
 """
 
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,8 @@ from pathlib import Path
 import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
-_LIBRARY = "libpagestream_cpu.so"
+_LIBRARY = "libpagestream.so"
+_LOG = "build.log"
 _TORCH_TARGET = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11: loads in it and in all later ones
 )
@@ -41,10 +44,24 @@ _X86_BUILDS: _Builds = {
     "linear": {"vnni": _VNNI, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
 _OTHER_BUILDS: _Builds = {"attention": {"baseline": ()}, "linear": {"baseline": ()}}
+_CUDA_SOURCES = _SOURCES / "cuda"
+_HEAD_SIZES = (64, 80, 96, 128)
+_CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100f", "120f")  # f: and later ones of the family
+_NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-Xptxas=-v",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    f"--threads={len(_CUDA_ARCHITECTURES)}",
+    f"-I{_CUDA_SOURCES / 'device'}",
+    "-gencode=arch=compute_80,code=compute_80",  # PTX, for whatever comes later
+    *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in _CUDA_ARCHITECTURES),
+)
 
 
 class BuildError(RuntimeError):
-    """The CPU kernels could not be compiled; the message says what to do."""
+    """The kernels could not be compiled; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +86,29 @@ def _isas() -> tuple[str, ...]:
     return ("vnni", "avx512", "avx2", "baseline") if _is_x86() else ("baseline",)
 
 
-def build() -> Path:
-    """The library, compiled if the cache folder does not hold it. Raises BuildError."""
+def nvcc() -> str | None:
+    """CUDA's compiler, if it is on the PATH or where its installer puts it."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def build(*, with_cuda: bool | None = None) -> Path:
+    """The library, compiled if the cache folder does not hold it; beside it, build.log with the compilers' reports.
+
+    `with_cuda`: by default, where there is a CUDA device and nvcc. Raises BuildError.
+    """
     compiler = os.environ.get("CXX", "g++")
+    if with_cuda is None:
+        with_cuda = torch.cuda.is_available() and nvcc() is not None
+    cuda_compiler = nvcc() if with_cuda else None
+    if with_cuda and cuda_compiler is None:
+        raise BuildError("no CUDA compiler: install the CUDA toolkit (12.9 or later) and put nvcc on the PATH")
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream" / "kernels"
-        target = cache / _fingerprint(compiler)
+        target = cache / _fingerprint(compiler, cuda_compiler)
         if not (target / _LIBRARY).exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix="building-", ignore_cleanup_errors=True) as aside:
-                _compile(compiler, Path(aside))
+                _compile(compiler, cuda_compiler, Path(aside))
                 with contextlib.suppress(OSError):  # another process was first: its library is the same
                     Path(aside).rename(target)
     except FileNotFoundError as error:
@@ -88,19 +118,45 @@ def build() -> Path:
     return target / _LIBRARY
 
 
-def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603  # the user's own CXX
-    digest = hashlib.sha256(repr((version, _FLAGS, _builds(), _TORCH_TARGET)).encode())
-    for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]):
+def _fingerprint(compiler: str, cuda_compiler: str | None) -> str:
+    flags = (_FLAGS, _builds(), _TORCH_TARGET, _NVCC_FLAGS, cuda_compiler is not None)
+    digest = hashlib.sha256(repr(flags).encode())
+    for program in filter(None, (compiler, cuda_compiler)):
+        digest.update(subprocess.run([program, "--version"], capture_output=True, check=False).stdout)  # noqa: S603  # the user's own
+    for source in sorted(path for path in _SOURCES.rglob("*") if path.suffix in {".h", ".cpp", ".cu"}):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, folder: Path) -> None:
-    sys.stderr.write("pagestream: compiling the CPU kernels (once, a few seconds) ... ")
+def _compile(compiler: str, cuda_compiler: str | None, folder: Path) -> None:
+    what = "the CPU kernels (once, a few seconds)" if cuda_compiler is None else "the kernels (once, a minute or two)"
+    sys.stderr.write(f"pagestream: compiling {what} ... ")
     sys.stderr.flush()
     started = time.monotonic()
-    torch_folder = Path(torch.__file__).parent
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+    commands = {name: [compiler, *_FLAGS, *arguments] for name, arguments in _cpp_commands(cuda_compiler).items()}
+    link = [compiler, "-shared"]
+    if cuda_compiler is not None:
+        commands |= {name: [cuda_compiler, *_NVCC_FLAGS, *arguments] for name, arguments in _cuda_commands().items()}
+        link = [cuda_compiler, "-shared", "-cudart=static"]
+    log = _run_all([[*command, "-o", str(folder / name)] for name, command in commands.items()])
+    log += _run_all([[*link, *(str(folder / name) for name in commands), *libraries, "-o", str(folder / _LIBRARY)]])
+    (folder / _LOG).write_text(log)
+    sys.stderr.write(f"{time.monotonic() - started:.1f} s\n")
+
+
+def _cuda_commands() -> dict[str, list[str]]:
+    commands = {f"{name}_cuda.o": ["-c", str(_CUDA_SOURCES / f"{name}.cu")] for name in ("plan", "append")}
+    for size in _HEAD_SIZES:  # one object each, to be compiled at the same time
+        commands[f"attention_cuda_{size}.o"] = [
+            f"-DPAGESTREAM_HEAD_SIZE={size}",
+            "-c",
+            str(_CUDA_SOURCES / "attention.cu"),
+        ]
+    return commands
+
+
+def _cpp_commands(cuda_compiler: str | None) -> dict[str, list[str]]:
     commands = {
         f"{name}_{isa}.o": [
             *flags,
@@ -111,34 +167,26 @@ def _compile(compiler: str, folder: Path) -> None:
         for name, builds in _builds().items()
         for isa, flags in builds.items()
     }
-    commands["bindings.o"] = [
-        _TORCH_TARGET,
-        "-isystem",
-        str(torch_folder / "include"),
-        "-c",
-        str(_SOURCES / "bindings.cpp"),
-    ]
-    _run_all([[compiler, *_FLAGS, *arguments, "-o", str(folder / name)] for name, arguments in commands.items()])
-    objects = [str(folder / name) for name in commands]
-    _run_all(
-        [[compiler, "-shared", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(folder / _LIBRARY)]]
-    )
-    sys.stderr.write(f"{time.monotonic() - started:.1f} s\n")
+    torch_headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
+    for name in ("bindings", "bindings_cuda")[: 1 if cuda_compiler is None else 2]:
+        commands[f"{name}.o"] = [_TORCH_TARGET, *torch_headers, "-c", str(_SOURCES / f"{name}.cpp")]
+    return commands
 
 
-def _run_all(commands: list[list[str]]) -> None:
-    """Run the commands at the same time."""
+def _run_all(commands: list[list[str]]) -> str:
+    """Run the commands at the same time; what they print."""
     pipe, text = subprocess.PIPE, subprocess.STDOUT
     processes = [subprocess.Popen(command, stdout=pipe, stderr=text, text=True) for command in commands]  # noqa: S603
     outputs = [process.communicate()[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         if process.returncode != 0:
-            raise BuildError(f"the C++ compiler failed: {output.strip()[:2000]}")
+            raise BuildError(f"the compiler failed: {output.strip()[:2000]}")
+    return "".join(outputs)
 
 
 @functools.cache
 def load() -> Status:
-    """Make the operators ready for CPU tensors, once per process: C++, or with one warning the reference."""
+    """Make the operators ready, once per process: C++ (and CUDA), or with one warning the reference."""
     wanted = os.environ.get("PAGESTREAM_CPU_ISA", "auto")
     choices = ("auto", "reference", *_isas())
     if wanted not in choices:
@@ -174,4 +222,4 @@ def forced_isa(isa: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{build()}\n")
+    sys.stdout.write(f"{build(with_cuda=True if '--cuda' in sys.argv[1:] else None)}\n")

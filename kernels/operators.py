@@ -1,5 +1,5 @@
-"""The operators: their contracts, schemas and boundary checks. What runs is chosen by torch's dispatcher: the C++
-kernel for CPU tensors once it is loaded, else the PyTorch reference.
+"""The operators: their contracts, schemas and boundary checks. What runs is chosen by torch's dispatcher: the
+kernels for the tensors' device once they are loaded, else the PyTorch reference.
 """
 
 from __future__ import annotations
@@ -8,17 +8,36 @@ import torch
 from torch import Tensor
 
 from pagestream.kernels import packing, reference
+from pagestream.kernels.checks import (
+    FLOAT8,
+    check_attention_shapes,
+    check_caches,
+    check_dense,
+    check_device,
+    check_dtype,
+    check_floats,
+    check_packed,
+    check_scales,
+    check_shape,
+    check_window,
+    check_workspace,
+)
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_PAGE_SIZES = (16, 32, 64, 128)
+_GPU_HEAD_SIZES = (64, 80, 96, 128)
 _NUM_STATS = 5
 
 torch.library.define(
     "pagestream::paged_attention",
     "(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor query_starts, "
     "Tensor context_lengths, float scale, int window, Tensor(a!) out, Tensor(b!)? stats, "
-    "Tensor(c!)? page_masses) -> ()",
+    "Tensor(c!)? page_masses, Tensor(d!)? workspace=None, Tensor? key_scales=None, Tensor? value_scales=None) -> ()",
 )
+torch.library.define(
+    "pagestream::plan_attention",
+    "(Tensor query_starts, Tensor context_lengths, int num_heads, int num_kv_heads, int head_size, int window, "
+    "Tensor(a!) workspace) -> ()",
+)
+torch.library.define("pagestream::attention_workspace_size", "(Tensor query) -> int")
 torch.library.define(
     "pagestream::store_kv",
     "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
@@ -37,8 +56,16 @@ def _nothing_to_shape(*_args: object) -> None:
     """Fake implementation: everything is written in place."""
 
 
+def _no_workspace(_query: Tensor) -> int:
+    return 0
+
+
 torch.library.register_fake("pagestream::paged_attention", _nothing_to_shape)
 torch.library.register_fake("pagestream::store_kv", _nothing_to_shape)
+torch.library.register_fake("pagestream::plan_attention", _nothing_to_shape)
+# Only CUDA plans: elsewhere a workspace has no elements.
+torch.library.impl("pagestream::plan_attention", "CompositeExplicitAutograd", _nothing_to_shape)
+torch.library.impl("pagestream::attention_workspace_size", "CompositeExplicitAutograd", _no_workspace)
 torch.library.register_fake("pagestream::quantized_linear", _nothing_to_shape)
 torch.library.register_fake("pagestream::dequantize", _nothing_to_shape)
 
@@ -49,17 +76,16 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     `slots` int64 `[T]`: page * B + offset, each at most once. Raises ValueError for a wrong dtype, device, layout or
     shape, and for a slot outside the cache (the reference: IndexError).
     """
-    _check_floats(("key", key), ("value", value))
-    _check_floats(("key_cache", key_cache), ("value_cache", value_cache))
-    _check_dtype(torch.int64, ("slots", slots))
-    _check_device(key_cache, ("key", key), ("value", value), ("value_cache", value_cache), ("slots", slots))
-    _check_dense(("key", key), ("value", value), dims=3, dense=1)
-    _check_dense(("key_cache", key_cache), ("value_cache", value_cache), dims=4, dense=2)
-    _check_dense(("slots", slots), dims=1, dense=1)
-    _check_cache_shapes(key_cache, value_cache)
+    check_floats(("key", key), ("value", value))
+    check_floats(("key_cache", key_cache), ("value_cache", value_cache))  # e4m3 is append_kv's
+    check_caches(key_cache, value_cache)
+    check_dtype(torch.int64, ("slots", slots))
+    check_device(key_cache, ("key", key), ("value", value), ("value_cache", value_cache), ("slots", slots))
+    check_dense(("key", key), ("value", value), dims=3, dense=1)
+    check_dense(("slots", slots), dims=1, dense=1)
     expected = (slots.shape[0], key_cache.shape[1], key_cache.shape[3])
-    _check_shape(("key", key, expected), ("value", value, expected))
-    _load_cpu_kernels(key_cache)
+    check_shape(("key", key, expected), ("value", value, expected))
+    load_kernels(key_cache)
     torch.ops.pagestream.store_kv.default(key, value, key_cache, value_cache, slots)
 
 
@@ -76,6 +102,9 @@ def paged_attention(
     out: Tensor,
     stats: Tensor | None = None,
     page_masses: Tensor | None = None,
+    workspace: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Causal attention of new rows over paged keys and values, for a batch of sequences with any mix of new rows.
 
@@ -84,36 +113,47 @@ def paged_attention(
     tokens, the new rows included and already stored. Row i of sequence s, of q_len = query_starts[s + 1] -
     query_starts[s], sits at position context_lengths[s] - q_len + i and attends to the positions up to its own, and
     above its own - `window` when `window` is positive. Slots and block-table entries beyond a sequence are not read.
-    Scores are `scale` * <q, k>; all arithmetic is float32 whatever the dtypes.
+    Scores are `scale` * <q, k>; all arithmetic is float32 whatever the dtypes (CUDA: but for weights, which multiply
+    the values in the dtype of the query, or in float16 when the caches are e4m3).
+
+    Caches of float8_e4m3fn (CUDA; elsewhere the reference) hold keys and values divided by `key_scales` and
+    `value_scales`, float32 `[Hkv]`, 1 by default.
 
     `stats` float32 `[T, Hq, 5]` receives, over the attended positions: log-sum-exp of the scores (nats), entropy of
     the weights (nats), the largest weight, the mass on positions 0 to 3, the mass on the last 64. `page_masses`
     float32 `[T, Hq, M]` receives the mass per entry of the block table, 0 where nothing is attended. Neither changes
     a bit of `out`.
 
+    `workspace`: planned by `plan_attention` for these lengths, heads and window, which saves a GPU planning anew in
+    each layer, and allocating. Without one the call sees to it itself.
+
     Raises ValueError for a wrong dtype, device, layout, shape or value of `window`, and for lengths or page ids that
-    point outside the tensors (the reference: IndexError, and only where it meets one).
+    point outside the tensors (the reference: IndexError, and only where it meets one; CUDA: unchecked, as nothing is
+    read back).
     """
-    _check_floats(("query", query), ("out", out))
-    _check_floats(("key_cache", key_cache), ("value_cache", value_cache))
+    check_floats(("query", query), ("out", out))
+    check_caches(key_cache, value_cache)
+    check_scales(key_cache, key_scales=key_scales, value_scales=value_scales)
     integers = (("block_tables", block_tables), ("query_starts", query_starts), ("context_lengths", context_lengths))
     statistics = [(n, t) for n, t in (("stats", stats), ("page_masses", page_masses)) if t is not None]
-    _check_dtype(torch.int32, *integers)
-    _check_dtype(torch.float32, *statistics)
-    _check_device(query, ("out", out), ("key_cache", key_cache), ("value_cache", value_cache), *integers, *statistics)
-    _check_dense(("query", query), ("out", out), dims=3, dense=1)
-    _check_dense(("key_cache", key_cache), ("value_cache", value_cache), dims=4, dense=2)
-    _check_dense(integers[0], dims=2, dense=1)
-    _check_dense(*integers[1:], dims=1, dense=1)
-    _check_dense(*statistics, dims=3, dense=3)
-    _check_cache_shapes(key_cache, value_cache)
-    _check_attention_shapes(query, key_cache, block_tables, query_starts, context_lengths)
+    check_dtype(torch.int32, *integers)
+    check_dtype(torch.float32, *statistics)
+    check_device(query, ("out", out), ("key_cache", key_cache), ("value_cache", value_cache), *integers, *statistics)
+    check_dense(("query", query), ("out", out), dims=3, dense=1)
+    check_dense(integers[0], dims=2, dense=1)
+    check_dense(*integers[1:], dims=1, dense=1)
+    check_dense(*statistics, dims=3, dense=3)
+    check_attention_shapes(query, key_cache, block_tables, query_starts, context_lengths)
     expected = {"stats": (*query.shape[:2], _NUM_STATS), "page_masses": (*query.shape[:2], block_tables.shape[1])}
-    _check_shape(("out", out, query.shape), *((name, tensor, expected[name]) for name, tensor in statistics))
-    if window < 0:
-        raise ValueError(f"window is {window}: 0 means no window")
-    _load_cpu_kernels(query)
-    torch.ops.pagestream.paged_attention.default(
+    check_shape(("out", out, query.shape), *((name, tensor, expected[name]) for name, tensor in statistics))
+    check_window(window)
+    if workspace is not None:
+        check_workspace(query, workspace)
+    load_kernels(query)
+    operator = (
+        torch.ops.pagestream.paged_attention.default if _has_kernel(query, key_cache) else reference.paged_attention
+    )
+    operator(
         query,
         key_cache,
         value_cache,
@@ -125,6 +165,46 @@ def paged_attention(
         out,
         stats,
         page_masses,
+        workspace,
+        key_scales,
+        value_scales,
+    )
+
+
+def attention_workspace(query: Tensor) -> Tensor:
+    """What `paged_attention` needs besides its arguments for any batch on this device whose queries have the head size
+    of `query` `[T, Hq, D]`: float32, made once and planned in each step. Without elements where none is needed."""
+    load_kernels(query)
+    size = torch.ops.pagestream.attention_workspace_size.default(query)
+    return torch.empty(size, dtype=torch.float32, device=query.device)
+
+
+def plan_attention(
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    window: int = 0,
+    workspace: Tensor,
+) -> None:
+    """Cut the attention of a step into equal parts, on the device: once for all layers that share these arguments.
+
+    `query_starts` int32 `[S + 1]` and `context_lengths` int32 `[S]` as in `paged_attention`; `workspace` from
+    `attention_workspace`. Reads nothing back, so a CUDA graph can capture it. Raises ValueError for a wrong dtype,
+    device, layout, shape or value of `window`.
+    """
+    lengths = (("query_starts", query_starts), ("context_lengths", context_lengths))
+    check_dtype(torch.int32, *lengths)
+    check_device(workspace, *lengths)
+    check_dense(*lengths, dims=1, dense=1)
+    check_shape(("query_starts", query_starts, (context_lengths.shape[0] + 1,)))
+    check_window(window)
+    check_workspace(query_starts, workspace)
+    load_kernels(workspace)
+    torch.ops.pagestream.plan_attention.default(
+        query_starts, context_lengths, num_heads, num_kv_heads, head_size, window, workspace
     )
 
 
@@ -136,114 +216,39 @@ def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor 
     beside it; a NaN in a row makes the row NaN. `input` and `out` share one of float32, bfloat16, float16.
     Raises ValueError for a wrong dtype, device, layout or shape.
     """
-    _check_floats(("input", input), ("out", out))
-    _check_packed(codes, scales, mins)
-    _check_device(input, ("out", out), ("codes", codes))
-    _check_dense(("input", input), ("out", out), dims=2, dense=1)
+    check_floats(("input", input), ("out", out))
+    check_packed(codes, scales, mins)
+    check_device(input, ("out", out), ("codes", codes))
+    check_dense(("input", input), ("out", out), dims=2, dense=1)
     rows, blocks = len(input), len(codes)
-    _check_shape(("input", input, (rows, codes.shape[1] * packing.GROUP)), ("out", out, (rows, out.shape[1])))
+    check_shape(("input", input, (rows, codes.shape[1] * packing.GROUP)), ("out", out, (rows, out.shape[1])))
     if -(-out.shape[1] // packing.BLOCK) != blocks:
         raise ValueError(f"out has {out.shape[1]} columns, codes {blocks} blocks of {packing.BLOCK}")
-    _load_cpu_kernels(input)
+    load_kernels(input)
     torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out)
 
 
 def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
     """A packed weight, transposed, in bfloat16 [K, N padded to blocks of 16]. Raises ValueError as quantized_linear."""
-    _check_packed(codes, scales, mins)
-    _load_cpu_kernels(codes)
+    check_packed(codes, scales, mins)
+    load_kernels(codes)
     blocks, groups = codes.shape[:2]
     out = codes.new_empty((groups * packing.GROUP, blocks * packing.BLOCK), dtype=torch.bfloat16)
     torch.ops.pagestream.dequantize.default(codes, scales, mins, out)
     return out
 
 
-def _load_cpu_kernels(tensor: Tensor) -> None:
-    if tensor.device.type == "cpu":
+def _has_kernel(query: Tensor, key_cache: Tensor) -> bool:
+    """What the kernels of a device do not take, the reference serves there too."""
+    if not query.is_cuda:
+        return key_cache.dtype != FLOAT8
+    pairs = {(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, FLOAT8)}
+    return (query.dtype, key_cache.dtype) in pairs and query.shape[2] in _GPU_HEAD_SIZES
+
+
+def load_kernels(tensor: Tensor) -> None:
+    """Build and load what serves tensors of this device, once per process."""
+    if tensor.device.type in {"cpu", "cuda"}:
         from pagestream.kernels import build  # noqa: PLC0415  # here, so that `python -m pagestream.kernels.build` runs it once
 
         build.load()
-
-
-_Named = tuple[str, Tensor]
-
-
-def _check_floats(*pair: _Named) -> None:
-    (first_name, first), (second_name, second) = pair
-    if first.dtype not in _FLOATS or second.dtype != first.dtype:
-        raise ValueError(
-            f"{first_name} and {second_name} must share one dtype of float32, bfloat16, float16; "
-            f"they are {first.dtype} and {second.dtype}"
-        )
-
-
-def _check_dtype(dtype: torch.dtype, *tensors: _Named) -> None:
-    for name, tensor in tensors:
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype}; it is {tensor.dtype}")
-
-
-def _check_device(reference_tensor: Tensor, *tensors: _Named) -> None:
-    for name, tensor in tensors:
-        if tensor.device != reference_tensor.device:
-            raise ValueError(f"{name} is on {tensor.device}, others are on {reference_tensor.device}")
-
-
-def _check_dense(*tensors: _Named, dims: int, dense: int) -> None:
-    """`dims` dimensions, of which the last `dense` lie contiguously (a dimension of size 1 may have any stride)."""
-    for name, tensor in tensors:
-        if tensor.dim() == dims and tensor.is_contiguous():
-            continue
-        shape, strides = tensor.shape, tensor.stride()
-        if len(shape) != dims:
-            raise ValueError(f"{name} must have {dims} dimensions; it has shape {tuple(shape)}")
-        expected = 1
-        for dim in range(dims - 1, dims - 1 - dense, -1):
-            if strides[dim] != expected and shape[dim] > 1:
-                raise ValueError(f"the last {dense} dimensions of {name} must be contiguous; its strides are {strides}")
-            expected *= shape[dim]
-
-
-def _check_shape(*tensors: tuple[str, Tensor, tuple[int, ...]]) -> None:
-    for name, tensor, expected in tensors:
-        if tensor.shape != expected:
-            raise ValueError(f"{name} must have shape {tuple(expected)}; it has {tuple(tensor.shape)}")
-
-
-def _check_packed(codes: Tensor, scales: Tensor, mins: Tensor | None) -> None:
-    groups = [("scales", scales), *([("mins", mins)] if mins is not None else [])]
-    _check_dtype(torch.uint8, ("codes", codes))
-    _check_dtype(torch.float16, *groups)
-    _check_device(codes, *groups)
-    _check_dense(("codes", codes), *groups, dims=3, dense=3)
-    code_bytes = packing.BLOCK * packing.GROUP // (1 if mins is None else 2)
-    expected = (*codes.shape[:2], packing.BLOCK)
-    _check_shape(("codes", codes, (*expected[:2], code_bytes)), *((name, tensor, expected) for name, tensor in groups))
-
-
-def _check_cache_shapes(key_cache: Tensor, value_cache: Tensor) -> None:
-    if value_cache.shape != key_cache.shape:
-        raise ValueError(
-            f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} differ in shape"
-        )
-    if key_cache.shape[2] not in _PAGE_SIZES:
-        raise ValueError(f"the page size must be one of {_PAGE_SIZES}; it is {key_cache.shape[2]}")
-    if key_cache.shape[3] % 8 != 0:
-        raise ValueError(f"the head size must be a multiple of 8; it is {key_cache.shape[3]}")
-
-
-def _check_attention_shapes(
-    query: Tensor, key_cache: Tensor, block_tables: Tensor, query_starts: Tensor, context_lengths: Tensor
-) -> None:
-    num_heads, head_size = query.shape[1:]
-    num_kv_heads = key_cache.shape[1]
-    if num_heads % num_kv_heads != 0:
-        raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
-    if head_size != key_cache.shape[3]:
-        raise ValueError(f"query has head size {head_size}, the caches have {key_cache.shape[3]}")
-    num_sequences = context_lengths.shape[0]
-    if block_tables.shape[0] != num_sequences or query_starts.shape[0] != num_sequences + 1:
-        raise ValueError(
-            f"context_lengths has {num_sequences} sequences, block_tables {block_tables.shape[0]}, "
-            f"query_starts {query_starts.shape[0]} entries (one more than sequences)"
-        )

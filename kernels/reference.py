@@ -18,8 +18,40 @@ _ROWS_AT_ONCE = 256  # bounds the score matrix
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     page_size = key_cache.shape[2]
     pages, offsets = slots // page_size, slots % page_size
-    key_cache[pages, :, offsets] = key.to(key_cache.dtype)
-    value_cache[pages, :, offsets] = value.to(value_cache.dtype)
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        limit = (
+            torch.finfo(cache.dtype).max if cache.dtype == torch.float8_e4m3fn else float("inf")
+        )  # it has no infinity
+        cache[pages, :, offsets] = rows.clamp(-limit, limit).to(cache.dtype)
+
+
+def append_kv(
+    heads: Tensor,
+    cos: Tensor,
+    signed_sin: Tensor,
+    norm_weight: Tensor | None,
+    epsilon: float,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> None:
+    num_kv_heads, head_size = key_cache.shape[1], key_cache.shape[3]
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    query_key = heads[:, :-num_kv_heads].float()
+    if norm_weight is not None:
+        query_key = torch.nn.functional.rms_norm(query_key, (head_size,), eps=epsilon) * norm_weight.float()
+    swapped = query_key.roll(head_size // 2, -1)
+    rotated = query_key * cos[:, None] + swapped * signed_sin[:, None]
+    key = _divide(rotated[:, num_heads:], key_scales)
+    value = _divide(heads[:, -num_kv_heads:], value_scales)
+    store_kv(key, value, key_cache, value_cache, slots)
+    heads[:, :num_heads] = rotated[:, :num_heads].to(heads.dtype)
+
+
+def _divide(rows: Tensor, scales: Tensor | None) -> Tensor:
+    return rows if scales is None else rows.float() / scales[:, None]
 
 
 def paged_attention(
@@ -34,14 +66,17 @@ def paged_attention(
     out: Tensor,
     stats: Tensor | None,
     page_masses: Tensor | None,
+    workspace: Tensor | None = None,  # noqa: ARG001  # kernels that split the keys need one
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     starts, lengths = query_starts.tolist(), context_lengths.tolist()
     num_heads, page_size = query.shape[1], key_cache.shape[2]
     for sequence, context in enumerate(lengths):
         begin, end = starts[sequence], starts[sequence + 1]
         pages = block_tables[sequence, : -(-context // page_size)].long()
-        keys = _gather(key_cache, pages, context, num_heads)  # [Hq, n, D]
-        values = _gather(value_cache, pages, context, num_heads)
+        keys = _gather(key_cache, key_scales, pages, context, num_heads)  # [Hq, n, D]
+        values = _gather(value_cache, value_scales, pages, context, num_heads)
         for row in range(begin, end, _ROWS_AT_ONCE):
             rows = slice(row, min(row + _ROWS_AT_ONCE, end))
             positions = torch.arange(rows.start, rows.stop, device=query.device) - end + context  # [t]
@@ -72,9 +107,11 @@ def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) 
     out.copy_(packing.unpack_rows(codes, scales, mins, rows).T)
 
 
-def _gather(cache: Tensor, pages: Tensor, context: int, num_heads: int) -> Tensor:
+def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, context: int, num_heads: int) -> Tensor:
     """The first `context` slots of `pages`, one copy per query head: float32 `[Hq, context, D]`."""
     rows = cache[pages].float().transpose(0, 1).flatten(1, 2)[:, :context]
+    if scales is not None:
+        rows = rows * scales[:, None, None]
     return rows.repeat_interleave(num_heads // cache.shape[1], dim=0)
 
 

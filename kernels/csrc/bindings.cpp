@@ -1,11 +1,7 @@
-// The only file that knows torch, through its stable ABI: one library serves every torch >= TORCH_TARGET_VERSION.
-// Shapes and types were checked by the Python functions; what only the contents of tensors tell is checked in plan.h.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The operators on CPU tensors. With torch_params.h and bindings_cuda.cpp all that knows torch, through its stable ABI:
+// one library serves every torch >= TORCH_TARGET_VERSION. Shapes and types were checked by the Python functions; what
+// only the contents of tensors tell is checked in plan.h.
 #include <cstring>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +9,7 @@
 #include "linear_params.h"
 #include "plan.h"
 #include "store_kv.h"
+#include "torch_params.h"
 
 extern "C" {
 extern const pagestream::AttentionKernel pagestream_attention_baseline;
@@ -27,11 +24,8 @@ namespace {
 
 using pagestream::AttentionKernel;
 using pagestream::AttentionParams;
-using pagestream::DType;
 using pagestream::LinearKernel;
 using pagestream::LinearParams;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 bool has_avx2() {
 #if defined(__x86_64__)
@@ -76,14 +70,6 @@ std::optional<Kernels> kernels_named(const std::string& isa) {
 
 Kernels selected = {};  // build.py selects right after loading
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: return DType::kFloat16;
-  }
-}
-
 // A buffer of the calling thread that only grows: no allocation once warm.
 float* thread_buffer(int64_t floats) {
   constexpr size_t kAlignment = 64 / sizeof(float);
@@ -93,47 +79,11 @@ float* thread_buffer(int64_t floats) {
   return buffer.data() + (kAlignment - misaligned) % kAlignment;
 }
 
-AttentionParams make_params(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                            const Tensor& block_tables, const Tensor& query_starts, const Tensor& context_lengths,
-                            double scale, int64_t window, const Tensor& out, const std::optional<Tensor>& stats,
-                            const std::optional<Tensor>& page_masses) {
-  AttentionParams p;
-  p.query = query.data_ptr();
-  p.out = out.data_ptr();
-  p.key_cache = key_cache.data_ptr();
-  p.value_cache = value_cache.data_ptr();
-  p.block_tables = static_cast<const int32_t*>(block_tables.data_ptr());
-  p.query_starts = static_cast<const int32_t*>(query_starts.data_ptr());
-  p.context_lengths = static_cast<const int32_t*>(context_lengths.data_ptr());
-  p.stats = stats ? static_cast<float*>(stats->data_ptr()) : nullptr;
-  p.page_masses = page_masses ? static_cast<float*>(page_masses->data_ptr()) : nullptr;
-  p.query_token_stride = query.stride(0);
-  p.query_head_stride = query.stride(1);
-  p.out_token_stride = out.stride(0);
-  p.out_head_stride = out.stride(1);
-  p.key_page_stride = key_cache.stride(0);
-  p.key_head_stride = key_cache.stride(1);
-  p.value_page_stride = value_cache.stride(0);
-  p.value_head_stride = value_cache.stride(1);
-  p.block_table_stride = block_tables.stride(0);
-  p.num_tokens = static_cast<int32_t>(query.size(0));
-  p.num_sequences = static_cast<int32_t>(context_lengths.size(0));
-  p.num_heads = static_cast<int32_t>(query.size(1));
-  p.num_kv_heads = static_cast<int32_t>(key_cache.size(1));
-  p.head_size = static_cast<int32_t>(query.size(2));
-  p.num_pages = static_cast<int32_t>(key_cache.size(0));
-  p.page_size = static_cast<int32_t>(key_cache.size(2));
-  p.max_pages = static_cast<int32_t>(block_tables.size(1));
-  p.window = static_cast<int32_t>(window);
-  p.scale = static_cast<float>(scale);
-  p.query_dtype = dtype_of(query);
-  p.cache_dtype = dtype_of(key_cache);
-  return p;
-}
-
 void paged_attention(const Tensor query, const Tensor key_cache, const Tensor value_cache, const Tensor block_tables,
                      const Tensor query_starts, const Tensor context_lengths, double scale, int64_t window,
-                     const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses) {
+                     const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses,
+                     const std::optional<Tensor> /*workspace*/, const std::optional<Tensor> /*key_scales*/,
+                     const std::optional<Tensor> /*value_scales*/) {
   const AttentionKernel& kernel = *selected.attention;
   const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
                                         scale, window, out, stats, page_masses);

@@ -5,7 +5,7 @@
 
 namespace pagestream {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8 };  // kFloat8: e4m3, caches on CUDA only
 
 // Every constant below is a position in the sequence, never a function of the batch or of the thread count:
 // that is why a row has the same bits alone, in any batch, under any chunking and on any number of threads.

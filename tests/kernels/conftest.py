@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +109,28 @@ def random_batch(
     queries = [2 * normal(t, heads[0], head_size) for t, _ in rows]  # 2: weights far from uniform
     keys, values = ([normal(n, heads[1], head_size) for _, n in rows] for _ in range(2))
     return pack(queries, keys, values, seed=seed, query_dtype=query_dtype, **options)  # type: ignore[arg-type]
+
+
+def float8_batch(
+    rows: Sequence[tuple[int, int]], key_scale: float, value_scale: float, **options: Any
+) -> tuple[Batch, tuple[Tensor, Tensor]]:
+    """A batch in e4m3 and its scales, which differ from head to head; the oracle sees what the stored numbers mean."""
+    batch = random_batch(rows, dtype=torch.bfloat16, **options)
+    page_size = batch.key_cache.shape[2]
+
+    def stored(cache: Tensor, originals: list[Tensor], scale: Tensor) -> Tensor:
+        rounded = (cache.float() / scale[:, None, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        for s, original in enumerate(originals):
+            pages = batch.block_tables[s, : -(-len(original) // page_size)].long()
+            meant = rounded[pages].float() * scale[:, None, None]
+            originals[s] = meant.transpose(1, 2).flatten(0, 1)[: len(original)]
+        return rounded
+
+    kv_heads = batch.key_cache.shape[1]
+    scales = (torch.linspace(1, 2, kv_heads) * key_scale, torch.linspace(1, 2, kv_heads) * value_scale)
+    batch.key_cache = stored(batch.key_cache, batch.keys, scales[0])
+    batch.value_cache = stored(batch.value_cache, batch.values, scales[1])
+    return batch, scales
 
 
 def run(batch: Batch, operator: Callable[..., None], device: str, *, stats: bool, page_masses: bool) -> Result:
@@ -244,6 +267,8 @@ class Helpers:
 
     pack = staticmethod(pack)
     random_batch = staticmethod(random_batch)
+    float8_batch = staticmethod(float8_batch)
     check_against_oracle = staticmethod(check_against_oracle)
     compare = staticmethod(compare)
+    Result = Result
     isas = ISAS
