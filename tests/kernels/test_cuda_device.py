@@ -16,10 +16,10 @@ LENGTHS = (1, 15, 16, 17, 63, 64, 65, 300)
 BATCHES = {
     "decode": [(1, n) for n in LENGTHS],
     "mixed": [(1, 2000), (17, 17), (0, 40), (1, 1), (64, 65), (3, 1300)],
-    "chunk": [(700, 1500), (1, 90)],
+    "chunk": [(300, 700), (1, 90)],
 }
-HEADS = ((2, 2), (6, 2), (8, 1), (20, 1))
-SHAPES = [*itertools.product(BATCHES, (torch.bfloat16, torch.float16), (64, 80, 96, 128), HEADS, (16, 32, 64, 128))]
+HEADS = ((6, 2), (8, 1))  # the float64 oracle is what takes time
+SHAPES = [*itertools.product(BATCHES, (torch.bfloat16, torch.float16), (64, 80, 96, 128), HEADS, (16, 128))]
 
 
 class Call:
