@@ -3,7 +3,6 @@
 from pagestream.kernels.append import append_kv
 from pagestream.kernels.operators import (
     attention_workspace,
-    dequantize,
     paged_attention,
     plan_attention,
     quantized_linear,
@@ -13,7 +12,6 @@ from pagestream.kernels.operators import (
 __all__ = [
     "append_kv",
     "attention_workspace",
-    "dequantize",
     "paged_attention",
     "plan_attention",
     "quantized_linear",

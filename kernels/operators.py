@@ -45,11 +45,9 @@ torch.library.define(
 torch.library.define(
     "pagestream::quantized_linear", "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()"
 )
-torch.library.define("pagestream::dequantize", "(Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()")
 torch.library.impl("pagestream::paged_attention", "CompositeExplicitAutograd", reference.paged_attention)
 torch.library.impl("pagestream::store_kv", "CompositeExplicitAutograd", reference.store_kv)
 torch.library.impl("pagestream::quantized_linear", "CompositeExplicitAutograd", reference.quantized_linear)
-torch.library.impl("pagestream::dequantize", "CompositeExplicitAutograd", reference.dequantize)
 
 
 def _nothing_to_shape(*_args: object) -> None:
@@ -67,7 +65,6 @@ torch.library.register_fake("pagestream::plan_attention", _nothing_to_shape)
 torch.library.impl("pagestream::plan_attention", "CompositeExplicitAutograd", _nothing_to_shape)
 torch.library.impl("pagestream::attention_workspace_size", "CompositeExplicitAutograd", _no_workspace)
 torch.library.register_fake("pagestream::quantized_linear", _nothing_to_shape)
-torch.library.register_fake("pagestream::dequantize", _nothing_to_shape)
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -226,16 +223,6 @@ def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor 
         raise ValueError(f"out has {out.shape[1]} columns, codes {blocks} blocks of {packing.BLOCK}")
     load_kernels(input)
     torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out)
-
-
-def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Tensor:
-    """A packed weight, transposed, in bfloat16 [K, N padded to blocks of 16]. Raises ValueError as quantized_linear."""
-    check_packed(codes, scales, mins)
-    load_kernels(codes)
-    blocks, groups = codes.shape[:2]
-    out = codes.new_empty((groups * packing.GROUP, blocks * packing.BLOCK), dtype=torch.bfloat16)
-    torch.ops.pagestream.dequantize.default(codes, scales, mins, out)
-    return out
 
 
 def _has_kernel(query: Tensor, key_cache: Tensor) -> bool:

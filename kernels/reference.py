@@ -102,11 +102,6 @@ def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor 
     out.copy_((quantized.flatten(1).double() @ weight.double().T).to(out.dtype))
 
 
-def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) -> None:
-    rows = torch.arange(out.shape[1], device=out.device)
-    out.copy_(packing.unpack_rows(codes, scales, mins, rows).T)
-
-
 def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, context: int, num_heads: int) -> Tensor:
     """The first `context` slots of `pages`, one copy per query head: float32 `[Hq, context, D]`."""
     rows = cache[pages].float().transpose(0, 1).flatten(1, 2)[:, :context]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -14,9 +12,6 @@ from torch.nn import functional
 from pagestream import kernels
 from pagestream.kernels.packing import pack, unpack_rows
 from pagestream.model.quantization import Groups
-
-# From this many rows on a machine with AMX is done sooner with bf16 than with 8-bit integers, widening included.
-_WIDE_ROWS: Final = 128
 
 
 class Linear(Protocol):
@@ -73,11 +68,7 @@ class _Packed:
         self.codes, self.scales, self.mins = pack(groups.codes, groups.scales, groups.mins)
 
     def multiply(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        if len(rows) >= _WIDE_ROWS and _has_amx():
-            transposed = kernels.dequantize(self.codes, self.scales, self.mins)
-            out.copy_((rows.bfloat16() @ transposed)[:, : self.outputs])
-        else:
-            kernels.quantized_linear(rows, self.codes, self.scales, self.mins, out=out)
+        kernels.quantized_linear(rows, self.codes, self.scales, self.mins, out=out)
 
 
 def _join_equal(matrices: Sequence[Groups]) -> list[Groups]:
@@ -88,8 +79,3 @@ def _join_equal(matrices: Sequence[Groups]) -> list[Groups]:
         else:
             joined.append(groups)
     return joined
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return "amx_bf16" in Path("/proc/cpuinfo").read_text().split()

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 
+from pagestream.kernels import build
 from pagestream.model.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import ModelError
@@ -65,13 +66,14 @@ def load_model(
     plan is logged before it is carried out.
     """
     place = _choose_device(device)
-    dtype = _choose_dtype(place) if dtype == "auto" else dtype
-    if kv_dtype == "auto":
-        kv_dtype = "bf16" if dtype in _QUANTIZED else dtype
     _check_option("--dtype", dtype, DTYPES)
     _check_option("--kv-dtype", kv_dtype, KV_DTYPES)
     checkpoint = open_checkpoint(path)
     check_tensors(checkpoint)
+    if dtype == "auto":
+        dtype = _choose_dtype(place, checkpoint)
+    if kv_dtype == "auto":
+        kv_dtype = "bf16" if dtype in _QUANTIZED else dtype
     config = checkpoint.config
     bits = _choose_bits(checkpoint, dtype, place)
     plan = plan_memory(
@@ -130,7 +132,7 @@ def _running_total(progress: Callable[[int, int], None] | None, total: int) -> C
 
 
 def _check_option(option: str, value: str, choices: Mapping[str, torch.dtype]) -> None:
-    if value not in choices:
+    if value != "auto" and value not in choices:
         raise ModelError(f"{option} {value} is not supported, only auto, {', '.join(choices)}")
 
 
@@ -142,7 +144,15 @@ def _choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _choose_dtype(device: torch.device) -> str:
-    """bf16 where the machine computes in it; elsewhere it would be emulated, slower than fp32 and less exact."""
+def _choose_dtype(device: torch.device, checkpoint: Checkpoint) -> str:
+    """On a CPU, a file that holds all its matrices in groups stays as it is: nothing is rounded once more, and no other
+    arithmetic is as fast. Else bf16 where the machine computes in it; elsewhere it would be emulated, slower than fp32
+    and less exact.
+    """
+    if device.type == "cuda":
+        return "bf16"
+    matrices = choose_bits(expected_tensors(checkpoint.config), 4, {}).keys()
+    if matrices and matrices <= checkpoint.group_bits.keys() and build.load().implementation != "reference":
+        return "int4" if 4 in checkpoint.group_bits.values() else "int8"
     native = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
-    return "bf16" if device.type == "cuda" or native else "fp32"
+    return "bf16" if native else "fp32"

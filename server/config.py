@@ -35,10 +35,12 @@ def default_cache_dir() -> Path:
 
 
 def let_idle_threads_sleep() -> None:
-    """Has torch's threads sleep while they wait for each other, unless the user chose otherwise. By default they spin,
-    and beside any other busy process the spinners take the very time slices that the work needs (README, Decisions).
-    OpenMP reads this once, when torch is imported."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Has torch's threads spin only briefly while they wait for each other, unless the environment says otherwise: by
+    default they spin for milliseconds, and beside any other busy process the spinners take the very time slices that
+    the work needs. GNU's OpenMP reads this once, when torch is imported. Figures: server/README.md.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # some tens of microseconds
 
 
 def parse_size(value: object) -> int:

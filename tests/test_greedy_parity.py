@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from pagestream.model.loader import LoadedModel, load_model
-from pagestream.model.step import SamplingParams
+from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.model.tokenizer import load_tokenizer
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
@@ -54,11 +55,10 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def loaded(default_model_path: Path) -> LoadedModel:
+def load(path: Path, dtype: str) -> LoadedModel:
     return load_model(
-        default_model_path,
-        dtype="fp32",
+        path,
+        dtype=dtype,
         kv_dtype="auto",
         device="cpu",
         page_size=PAGE_SIZE,
@@ -66,6 +66,11 @@ def loaded(default_model_path: Path) -> LoadedModel:
         token_budget=512,
         kv_memory=256 * 2**20,
     )
+
+
+@pytest.fixture(scope="module")
+def loaded(default_model_path: Path) -> LoadedModel:
+    return load(default_model_path, "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -120,36 +125,46 @@ def oracle(default_model_path: Path) -> Oracle:
     return Oracle(default_model_path)
 
 
+def run(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sequence[SamplingParams] | None = None,
+    *,
+    token_budget: int = 512,
+    max_running: int = 16,
+    num_blocks: int | None = None,
+    new_tokens: int = NEW_TOKENS,
+) -> tuple[list[list[SampledToken]], Scheduler]:
+    """Answers the prompts together, through the scheduler and the model; ends of texts are ignored."""
+    pool = BlockPool(num_blocks or loaded.plan.num_pages, PAGE_SIZE)
+    scheduler = Scheduler(pool, token_budget=token_budget, max_running=max_running)
+    each = sampling or [SamplingParams()] * len(prompts)
+    requests = [Request(str(i), prompt, each[i], new_tokens) for i, prompt in enumerate(prompts)]
+    answers: dict[Request, list[SampledToken]] = {request: [] for request in requests}
+    for request in requests:
+        scheduler.admit(request)
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        for advance in scheduler.commit(plan, loaded.runner.step(plan)):
+            if advance.sampled is not None:
+                answers[advance.request].append(advance.sampled)
+        scheduler.check_integrity()
+    assert pool.num_free == pool.num_blocks
+    return list(answers.values()), scheduler
+
+
 Answer = Callable[..., tuple[list[list[int]], Scheduler]]
 
 
 @pytest.fixture(scope="module")
 def answer(loaded: LoadedModel) -> Answer:
-    """Runs prompts together through the scheduler and the model; ends of texts are ignored."""
+    """Token ids alone, at the exact dtype."""
 
-    def run(
-        prompts: Sequence[Sequence[int]],
-        sampling: Sequence[SamplingParams] | None = None,
-        *,
-        token_budget: int = 512,
-        max_running: int = 16,
-        num_blocks: int | None = None,
-        new_tokens: int = NEW_TOKENS,
-    ) -> tuple[list[list[int]], Scheduler]:
-        pool = BlockPool(num_blocks or loaded.plan.num_pages, PAGE_SIZE)
-        scheduler = Scheduler(pool, token_budget=token_budget, max_running=max_running)
-        each = sampling or [SamplingParams()] * len(prompts)
-        requests = [Request(str(i), prompt, each[i], new_tokens) for i, prompt in enumerate(prompts)]
-        for request in requests:
-            scheduler.admit(request)
-        while scheduler.has_work:
-            plan = scheduler.plan()
-            scheduler.commit(plan, loaded.runner.step(plan))
-            scheduler.check_integrity()
-        assert pool.num_free == pool.num_blocks
-        return [request.tokens[request.num_prompt_tokens :] for request in requests], scheduler
+    def ids(prompts: Sequence[Sequence[int]], *arguments: Any, **options: Any) -> tuple[list[list[int]], Scheduler]:
+        answers, scheduler = run(loaded, prompts, *arguments, **options)
+        return [[token.token_id for token in tokens] for tokens in answers], scheduler
 
-    return run
+    return ids
 
 
 def blocks_for(prompts: Sequence[Sequence[int]], requests: int, new_tokens: int = NEW_TOKENS) -> int:
@@ -191,3 +206,16 @@ def test_sampled_answers_are_the_same_alone_in_a_batch_and_after_preemption(
     assert scheduler.num_preemptions_total > 0
     assert preempted == alone
     assert answer(few[:1], new_tokens=32)[0] != alone[:1], "nothing was sampled"
+
+
+def test_quantised_answers_have_the_same_bits_alone_and_in_a_batch(
+    default_model_path: Path, prompts: list[list[int]]
+) -> None:
+    """The file's own 4- and 8-bit blocks, as `--dtype auto` serves them: every sum belongs to one row."""
+    loaded = load(default_model_path, "auto")
+    assert loaded.dtype == "int4"
+    sampling = SamplingParams(logprobs=3)
+    together, _ = run(loaded, prompts, [sampling] * len(prompts), new_tokens=16)
+    chunked, _ = run(loaded, prompts, [sampling] * len(prompts), new_tokens=16, token_budget=37)
+    alone = [run(loaded, [prompt], [sampling], new_tokens=16)[0][0] for prompt in prompts]
+    assert together == chunked == alone

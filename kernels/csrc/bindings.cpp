@@ -168,22 +168,12 @@ void quantized_linear(const Tensor input, const Tensor codes, const Tensor scale
                               [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
 }
 
-void dequantize(const Tensor codes, const Tensor scales, const std::optional<Tensor> mins, const Tensor out) {
-  const pagestream::PackedWeight weight = packed_weight(codes, scales, mins);
-  auto* to = static_cast<uint16_t*>(out.data_ptr());
-  constexpr int64_t kGroupsPerThread = 64;
-  torch::stable::parallel_for(
-      0, codes.size(0), kGroupsPerThread / weight.groups + 1,
-      [&](int64_t begin, int64_t end) { selected.linear->dequantize(weight, begin, end, to, out.stride(0)); });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pagestream, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("store_kv", TORCH_BOX(&store_kv));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
-  m.impl("dequantize", TORCH_BOX(&dequantize));
 }
 
 // 0 when this machine cannot run `isa` (a name of build.py) or the library does not hold it. Not while an operator runs.

@@ -46,29 +46,6 @@ void run(const LinearParams& p, int64_t begin, int64_t end) {
     p.weight.mins == nullptr ? run_block<8>(p, block, 0) : run_block<4>(p, block, 0);
 }
 
-template <int kBits>
-void dequantize_group(const PackedWeight& weight, int64_t group, uint16_t* out, int64_t out_stride) {
-  for (int lane = 0; lane < kBlockOutputs; lane += kLanes) {
-    const int64_t at = group * kBlockOutputs + lane;
-    Bytes quads[kQuads];
-    unpack<kBits>(weight.codes + group * kCodeBytes<kBits> + lane * 4, quads);
-    const Float scale = load_scale(weight.scales, at), min = kBits == 8 ? Float{} : load_scale(weight.mins, at);
-    for (int k = 0; k < kGroup; ++k) {
-      const Int code = ((Int)quads[k / 4] >> 8 * (k % 4) & 255) - (kBits == 8 ? 128 : 0);
-      store(reinterpret_cast<BFloat16*>(out + k * out_stride + lane),
-            fma(__builtin_convertvector(code, Float), scale, min));
-    }
-  }
-}
-
-void dequantize(const PackedWeight& weight, int64_t begin, int64_t end, uint16_t* out, int64_t out_stride) {
-  for (int64_t group = begin * weight.groups; group < end * weight.groups; ++group) {
-    uint16_t* to = out + group % weight.groups * kGroup * out_stride + group / weight.groups * kBlockOutputs;
-    weight.mins == nullptr ? dequantize_group<8>(weight, group, to, out_stride)
-                           : dequantize_group<4>(weight, group, to, out_stride);
-  }
-}
-
 // NaN if the group holds one: as integers NaNs are above everything.
 template <typename T>
 float largest_magnitude(const T* x) {
@@ -116,4 +93,4 @@ void quantize(const LinearParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern "C" const pagestream::LinearKernel PAGESTREAM_ISA = {quantize, run, dequantize};
+extern "C" const pagestream::LinearKernel PAGESTREAM_ISA = {quantize, run};

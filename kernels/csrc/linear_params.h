@@ -34,8 +34,6 @@ struct LinearParams {
 struct LinearKernel {
   void (*quantize)(const LinearParams&, int64_t row_begin, int64_t row_end);
   void (*run)(const LinearParams&, int64_t block_begin, int64_t block_end);
-  // Blocks of the weight, transposed, in bfloat16: `out` is [K, N padded to blocks].
-  void (*dequantize)(const PackedWeight&, int64_t block_begin, int64_t block_end, uint16_t* out, int64_t out_stride);
 };
 
 }  // namespace pagestream

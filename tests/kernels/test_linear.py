@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pagestream.kernels import build, dequantize, packing, quantized_linear, reference
+from pagestream.kernels import build, packing, quantized_linear, reference
 
 ISAS = ("vnni", "avx2", "baseline")  # the builds of linear.cpp
 Weight = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K], scales and mins [N, K / 32]
@@ -130,12 +130,11 @@ def test_zeros_stay_zero_and_a_nan_stays_in_its_row(isa: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_lookup_and_widening_give_the_weights(isa: str, bits: int) -> None:
+def test_lookup_gives_the_weights(isa: str, bits: int) -> None:
     weight = random_weight(37, 96, bits)
     packed, exact = packing.pack(*weight), values(weight)
     picked = torch.tensor([36, 0, 5, 5])
     assert torch.equal(packing.unpack_rows(*packed, picked), exact[picked].float())
-    assert torch.equal(dequantize(*packed)[:, :37], exact.float().bfloat16().T)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -150,9 +149,6 @@ def test_reference_is_the_same_operator(bits: int) -> None:
     out = torch.empty(4, 20)
     reference.quantized_linear(x, *packing.pack(*weight), out)
     torch.testing.assert_close(multiply(x, weight), out, rtol=1e-5, atol=1e-5)
-    transposed = torch.empty(96, 32, dtype=torch.bfloat16)
-    reference.dequantize(*packing.pack(*weight), transposed)
-    assert torch.equal(dequantize(*packing.pack(*weight)), transposed)
 
 
 def test_wrong_tensors_are_refused_by_name() -> None:
