@@ -2,7 +2,7 @@
 
 Runs on the python3 it is started with and needs no installation: PYTHONPATH=build/tree holds the package. Writes
 `gpu-check.log` (all output) and `gpu-check.json` (device, versions, each step's exit code and seconds) into FOLDER, and
-exits with 1 if a step failed. On a machine without a GPU it says so and exits with 2.
+exits with 1 if a step failed. On a machine without a GPU, or whose python3 has no torch, it says so and exits with 2.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 from typing import IO
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{sys.executable} has no torch; name one that has: make gpu-check PYTHON=...")
 from record import environment
 
 PYTHON = (sys.executable,)
