@@ -6,9 +6,9 @@ Pure integers. Why nothing starves:
 - Tenants that have prompts to read get equal counts of tokens: each step's go to those that have had the fewest. So of
   two tenants that always have some, none is ever ahead of the other by more than one step's tokens, and one that was
   away comes back with no credit.
-- A tenant's oldest prompt gets a quarter of its tenant's tokens, the rest goes where least is left to read. So a short
-  prompt waits for no long one, and prompts of one length are read one after the other, as that ends the most of them
-  early.
+- A tenant's oldest prompt gets a quarter of its tenant's tokens, the rest goes by priority and then where least is left
+  to read. So a short prompt waits for no long one, and prompts of one length are read one after the other, as that ends
+  the most of them early.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class FairShare:
 
 
 def _within_tenant(requests: Sequence[Request], budget: int) -> dict[Request, int]:
-    """The oldest's quarter, then the shortest remainders."""
+    """The oldest's quarter, then by priority the shortest remainders."""
     shares = dict.fromkeys(requests, 0)
     oldest = requests[0]
     shares[oldest] = min(-(-budget // 4), oldest.num_uncomputed)
     budget -= shares[oldest]
-    for request in sorted(requests, key=lambda request: request.num_uncomputed):  # stable: ties by arrival
+    for request in sorted(requests, key=lambda r: (-r.priority, r.num_uncomputed)):  # stable: ties by arrival
         share = min(budget, request.num_uncomputed - shares[request])
         shares[request] += share
         budget -= share

@@ -41,6 +41,7 @@ async def prepare(
     )
     interval = validate.progress_interval(message.output)
     queue_timeout = validate.queue_timeout(message)
+    priority = validate.priority(message)
     if message.WhichOneof("prompt") == "token_ids":
         prompt = list(message.token_ids.ids)
     else:
@@ -66,6 +67,7 @@ async def prepare(
             eos_token_ids=stop.eos_token_ids,
             stop_token_ids=stop.stop_token_ids,
             tenant=tenant,
+            priority=priority,
         ),
         text=TextStream(
             tokenizer,

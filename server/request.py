@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 
 from pagestream.model.step import SamplingParams
 
@@ -14,6 +14,14 @@ class RequestState(Enum):
     RUNNING = auto()
     PAUSED = auto()  # its reader is behind
     FINISHED = auto()
+
+
+class Priority(IntEnum):
+    """Whose turn it is among the requests of one tenant (places.py, fair_share.py)."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
 
 
 class FinishReason(Enum):
@@ -47,7 +55,8 @@ class Request:
     max_tokens_is_capacity: bool = False  # the clamp decided: ending there is MAX_CONTEXT, not MAX_TOKENS
     eos_token_ids: frozenset[int] = frozenset()  # empty when the client ignores them
     stop_token_ids: frozenset[int] = frozenset()
-    tenant: str = ""  # opaque; tenants share prompt tokens alike
+    tenant: str = ""  # opaque; tenants share places in the batch and prompt tokens alike
+    priority: Priority = Priority.NORMAL  # among the requests of its tenant
 
     tokens: list[int] = field(init=False)  # prompt, then output
     num_computed: int = field(default=0, init=False)
@@ -57,6 +66,8 @@ class Request:
     num_preemptions: int = field(default=0, init=False)
     num_computed_before: int = field(default=0, init=False)  # the most it had when preempted: up to here it recomputes
     arrival: int | None = field(default=None, init=False)  # admission order; None until admitted
+    has_started: bool = field(default=False, init=False)  # it has had a place in the batch
+    num_passed_over: int = field(default=0, init=False)  # younger ones of its tenant that took a place first
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -2,10 +2,13 @@
 
 The law, and why it holds:
 
-- The oldest waiting request starts first, the youngest running one is preempted, and whoever waits again waits at its
-  place by arrival. So running requests followed by waiting ones are in arrival order, but for those back from a pause.
-- Without pauses, then, the oldest request runs whenever there is one, is never preempted, and gets on in every step. Of
-  requests with at most L tokens each, the k-th oldest has finished after k * L steps, whatever arrives later.
+- Whose turn it is to start, `places.py` says; while it does not fit, none starts. The youngest running one is
+  preempted, and whoever waits again waits at its place by arrival.
+- So the oldest running request is never preempted and gets on in every step. Of R places and requests with at most L
+  tokens each, some request starts in any R * L steps in which one waits, since without starts all have ended by then.
+- Within one tenant and priority, and without pauses, requests start in order of arrival: the oldest runs whenever there
+  is one, and the k-th oldest has finished after k * L steps, whatever arrives later. With priorities, one of four
+  starts is the oldest's: where blocks suffice, it has finished after k * (4 * R + 1) * L steps.
 - A request that is paused keeps its place and, until others need them, its blocks. It counts as work again when it is
   resumed. It may then find younger ones running where it was, but none starts before it.
 - Decodes come first, and the budget holds a token for each running request. What they leave over, less if the caller
@@ -25,6 +28,7 @@ from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
+from pagestream.server.places import next_in_turn, take_turn
 from pagestream.server.request import FinishReason, Request, RequestState
 
 
@@ -118,8 +122,8 @@ class Scheduler:
         budget = self._token_budget - len(planned)
         if planned and max_prompt_tokens is not None:
             budget = min(budget, max(max_prompt_tokens, 1))
-        while self._can_start():
-            self._start()
+        while (starting := self._next_to_start()) is not None:
+            self._start(starting)
         prompts = [request for request in self._running if request not in planned]
         for request, length in self._fair_share.divide(prompts, budget):
             self._plan_chunk(request, length, planned)
@@ -193,26 +197,27 @@ class Scheduler:
     def _live(self) -> Iterator[Request]:
         return chain(self._running, self._waiting, self._paused)
 
-    def _can_start(self) -> bool:
-        """Whether the oldest waiting request may start: none starts before it, so it cannot starve.
+    def _next_to_start(self) -> Request | None:
+        """The waiting request whose turn it is, if it may start: none starts before it, so it cannot starve.
 
         It must fit beside all that the running ones still have to compute, with some room for every answer to grow.
         That room is four times larger after each preemption, until whole answers fit. So no request is preempted step
         after step, and none waits for room that answers shorter than allowed never use.
         """
         if not self._waiting or len(self._running) == self._max_running:
-            return False
-        first = self._waiting[0]
+            return None
+        first = next_in_turn(self._waiting, self._running)
         growth = self._pool.block_size * 4**first.num_preemptions
         wanted = sum(
             self._num_missing_blocks(request, min(request.num_tokens + growth, self._final_length(request)))
             for request in (*self._running, first)
         )
-        lent = sum(len(request.block_ids) for request in chain(self._waiting[1:], self._paused))
-        return wanted <= self._pool.num_free + lent
+        lent = sum(len(request.block_ids) for request in chain(self._waiting, self._paused)) - len(first.block_ids)
+        return first if wanted <= self._pool.num_free + lent else None
 
-    def _start(self) -> None:
-        request = self._waiting.pop(0)
+    def _start(self, request: Request) -> None:
+        take_turn(request, self._waiting)
+        self._waiting.remove(request)
         request.state = RequestState.RUNNING
         insort(self._running, request, key=_arrival)
 

@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pagestream.model.step import SamplingParams
 from pagestream.server.errors import InvalidFieldError
+from pagestream.server.request import Priority
 from pagestream.v1 import generation_pb2 as pb
 
 MAX_STOP_STRINGS = 16
@@ -23,6 +24,13 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_REQUEST_ID_BYTES = 128
+
+_PRIORITIES = {
+    pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    pb.PRIORITY_LOW: Priority.LOW,
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_HIGH: Priority.HIGH,
+}
 
 Number = TypeVar("Number", int, float)
 GenerateMessage = pb.GenerateRequest | pb.GenerateStreamRequest
@@ -114,6 +122,13 @@ def progress_interval(output: pb.OutputConfig) -> float:
 def queue_timeout(request: GenerateMessage) -> float | None:
     """Seconds. Raises InvalidFieldError."""
     return _seconds("queue_timeout", request.queue_timeout, 0.001) if request.HasField("queue_timeout") else None
+
+
+def priority(request: GenerateMessage) -> Priority:
+    """Raises InvalidFieldError."""
+    if request.priority not in _PRIORITIES:
+        raise InvalidFieldError("priority", f"{request.priority} is not one of pagestream.v1.Priority")
+    return _PRIORITIES[request.priority]
 
 
 def _seconds(name: str, duration: Duration, low: float) -> float:

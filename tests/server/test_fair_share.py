@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from pagestream.model.step import SampledToken, SamplingParams, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.fair_share import FairShare
-from pagestream.server.request import Request
+from pagestream.server.request import Priority, Request
 from pagestream.server.scheduler import Scheduler
 
 
-def make_request(name: str, num_prompt_tokens: int, tenant: str = "", max_new_tokens: int = 1) -> Request:
-    return Request(name, [7] * num_prompt_tokens, SamplingParams(), max_new_tokens, tenant=tenant)
+def make_request(
+    name: str,
+    num_prompt_tokens: int,
+    tenant: str = "",
+    max_new_tokens: int = 1,
+    priority: Priority = Priority.NORMAL,
+) -> Request:
+    return Request(name, [7] * num_prompt_tokens, SamplingParams(), max_new_tokens, tenant=tenant, priority=priority)
 
 
 def divide(fair_share: FairShare, prompts: list[Request], budget: int) -> dict[str, int]:
@@ -43,6 +49,13 @@ def test_within_a_tenant_short_prompts_are_soon_and_the_oldest_is_always(lengths
     prompts = [make_request(str(number), length) for number, length in enumerate(lengths)]
     expected = {str(number): share for number, share in enumerate(shares) if share}
     assert divide(FairShare(), prompts, 40) == expected
+
+
+def test_within_a_tenant_priority_goes_before_length() -> None:
+    old, short = make_request("old", 100), make_request("short", 20)
+    high, low = make_request("high", 60, priority=Priority.HIGH), make_request("low", 5, priority=Priority.LOW)
+    assert divide(FairShare(), [old, short, low, high], 40) == {"old": 10, "high": 30}
+    assert divide(FairShare(), [old, short, low, high], 100) == {"old": 25, "short": 15, "high": 60}
 
 
 def test_a_tenant_with_many_prompts_gets_no_more_than_one_with_one() -> None:
@@ -71,7 +84,7 @@ def test_going_away_for_a_step_washes_nothing_off() -> None:
 
 
 def test_little_is_remembered_of_tenants_that_have_gone() -> None:
-    fair_share, staying = FairShare(), make_request("staying", 10**9, tenant="staying")
+    fair_share, staying = FairShare(), make_request("staying", 20, tenant="staying")  # it stays at its beginning
     for number in range(1000):
         divide(fair_share, [staying, make_request("r", 5, tenant=str(number))], 20)
     assert len(fair_share._had) <= 2

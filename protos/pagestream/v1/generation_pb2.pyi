@@ -20,6 +20,36 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """PRIORITY_UNSPECIFIED means PRIORITY_NORMAL."""
+    PRIORITY_LOW: _Priority.ValueType  # 1
+    """PRIORITY_LOW: after all others, such as work that nobody watches."""
+    PRIORITY_NORMAL: _Priority.ValueType  # 2
+    """PRIORITY_NORMAL is the default."""
+    PRIORITY_HIGH: _Priority.ValueType  # 3
+    """PRIORITY_HIGH: before all others, such as somebody waiting at a keyboard."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Priority says which of a tenant's requests start first and whose prompt is read first. No request waits for ever:
+    of any four that its tenant starts, the one that has waited longest is one.
+    """
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""PRIORITY_UNSPECIFIED means PRIORITY_NORMAL."""
+PRIORITY_LOW: Priority.ValueType  # 1
+"""PRIORITY_LOW: after all others, such as work that nobody watches."""
+PRIORITY_NORMAL: Priority.ValueType  # 2
+"""PRIORITY_NORMAL is the default."""
+PRIORITY_HIGH: Priority.ValueType  # 3
+"""PRIORITY_HIGH: before all others, such as somebody waiting at a keyboard."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -71,6 +101,7 @@ class GenerateStreamRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """model is the name to generate with, "models/{model}" or "{model}". Empty means the model that is served."""
     request_id: _builtins.str
@@ -79,6 +110,8 @@ class GenerateStreamRequest(_message.Message):
     """
     text: _builtins.str
     """text is tokenised as it is, with the model's own start token where it has one."""
+    priority: Global___Priority.ValueType
+    """priority orders this request among those of its tenant, never before another tenant's. Unspecified: NORMAL."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """token_ids are used exactly as given; nothing is added."""
@@ -117,10 +150,11 @@ class GenerateStreamRequest(_message.Message):
         stop: Global___StopConfig | None = ...,
         output: Global___OutputConfig | None = ...,
         queue_timeout: _duration_pb2.Duration | None = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -143,6 +177,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """model is the name to generate with, "models/{model}" or "{model}". Empty means the model that is served."""
     request_id: _builtins.str
@@ -151,6 +186,8 @@ class GenerateRequest(_message.Message):
     """
     text: _builtins.str
     """text is tokenised as it is, with the model's own start token where it has one."""
+    priority: Global___Priority.ValueType
+    """priority orders this request among those of its tenant, never before another tenant's. Unspecified: NORMAL."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """token_ids are used exactly as given; nothing is added."""
@@ -189,10 +226,11 @@ class GenerateRequest(_message.Message):
         stop: Global___StopConfig | None = ...,
         output: Global___OutputConfig | None = ...,
         queue_timeout: _duration_pb2.Duration | None = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

@@ -33,7 +33,7 @@ class GenerationServiceStub(object):
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
     Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
-    tokens of prompts that each step can read are shared between tenants alike.
+    places in the batch and the tokens of prompts that each step can read are shared between tenants alike.
     """
 
     def __init__(self, channel):
@@ -62,7 +62,7 @@ class GenerationServiceServicer(object):
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
     Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
-    tokens of prompts that each step can read are shared between tenants alike.
+    places in the batch and the tokens of prompts that each step can read are shared between tenants alike.
     """
 
     def GenerateStream(self, request, context):
@@ -109,7 +109,7 @@ class GenerationService(object):
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
     Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
-    tokens of prompts that each step can read are shared between tenants alike.
+    places in the batch and the tokens of prompts that each step can read are shared between tenants alike.
     """
 
     @staticmethod

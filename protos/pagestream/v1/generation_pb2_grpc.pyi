@@ -34,7 +34,7 @@ class GenerationServiceStub:
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
     Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
-    tokens of prompts that each step can read are shared between tenants alike.
+    places in the batch and the tokens of prompts that each step can read are shared between tenants alike.
     """
 
     @_typing.overload
@@ -57,7 +57,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
     Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
-    tokens of prompts that each step can read are shared between tenants alike.
+    places in the batch and the tokens of prompts that each step can read are shared between tenants alike.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -76,7 +76,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     The deadline of the call is the only total budget: when it passes, the call ends DEADLINE_EXCEEDED and
     everything it held on the server is released within one step.
     Calls with the same metadata value under "x-pagestream-tenant" are one tenant's, calls without are another's; the
-    tokens of prompts that each step can read are shared between tenants alike.
+    places in the batch and the tokens of prompts that each step can read are shared between tenants alike.
     """
 
     @_abc_1.abstractmethod
