@@ -76,8 +76,8 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._deadlines: list[tuple[float, str]] = []  # heap, of both kinds of deadline
         self._publication: Publication = []
-        self._failed_steps = 0
-        self._seconds_per_token = 0.0  # smoothed over steps
+        self._failed_steps = 0  # in a row, for which the device may be to blame
+        self._fruitless_steps = 0  # in a row, whoever is to blame
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -95,20 +95,19 @@ class Engine:
     def _run(self) -> None:
         try:
             self._report()  # so that an idle server's pool is seen to be free
-            while self._take_mail():
+            while (stop := self._take_mail()) is None:
                 self._expire_deadlines()
                 self._expire_slow_readers()
                 self._step()
                 self._report()
-            self._end_all(FinishReason.SHUTDOWN, lambda: DrainingError("the server is shutting down", 1.0))
+            self._shut_down(stop)
         except Exception:  # whatever it is, clients must hear of it and readiness must drop
             log.exception("the engine is gone")
-            fault = "the engine has stopped after an internal fault"
-            self._end_all(FinishReason.ERROR, lambda: EngineFaultError(fault))
+            self._fail_all()
             self._on_fault()
 
-    def _take_mail(self) -> bool:
-        """Waits for work, applies what arrived, and says whether to go on."""
+    def _take_mail(self) -> float | None:
+        """Waits for work, applies what arrived, and says since when it is to stop; None if it is not."""
         mail = self.inbox.take(self._seconds_to_wait())
         for job in mail.arrivals:
             self._jobs[job.request.request_id] = job
@@ -122,7 +121,7 @@ class Engine:
                 self._metrics.observe_cancel_release("client", self.clock() - seen)
         for job, tokens in mail.reads:
             self._backpressure.read(job, tokens)
-        return not mail.stopping
+        return mail.stop
 
     def _seconds_to_wait(self) -> float | None:
         """Not at all while there is work; while all that live are paused, until one has run out of time."""
@@ -171,7 +170,6 @@ class Engine:
         self._advance(self._scheduler.commit(plan, result), now)
         self._metrics.observe_step(plan, now - started)
         self._pace.observe(plan, now - started)
-        self._seconds_per_token += 0.1 * ((now - started) / plan.num_tokens - self._seconds_per_token)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         """Runs the step. If it fails, runs each chunk alone, so that only those at fault end in an error: a chunk may
@@ -181,13 +179,14 @@ class Engine:
         except Exception as error:
             log.exception("a step of %d requests failed; running each alone", len(plan.chunks))
             result = StepResult(tuple(self._execute_alone(chunk) for chunk in plan.chunks))
-            device_ran = isinstance(error, NonFiniteLogitsError)  # a request's own prompt or settings are at fault
-            every_one_failed = not device_ran and not any(chunk.request_id in self._jobs for chunk in plan.chunks)
-            self._failed_steps = self._failed_steps + 1 if every_one_failed else 0
+            device_ran = isinstance(error, NonFiniteLogitsError)  # a request's own prompt or settings may be at fault
+            every_one_failed = not any(chunk.request_id in self._jobs for chunk in plan.chunks)
+            self._failed_steps = self._failed_steps + 1 if every_one_failed and not device_ran else 0
+            self._fruitless_steps = self._fruitless_steps + 1 if every_one_failed else 0
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise
             return result
-        self._failed_steps = 0
+        self._failed_steps = self._fruitless_steps = 0
         return result
 
     def _execute_alone(self, chunk: Chunk) -> SampledToken | None:
@@ -245,7 +244,7 @@ class Engine:
         if publication:
             self._publish(publication)
         scheduler = self._scheduler
-        self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, self._seconds_per_token)
+        self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, self._pace.seconds_per_prompt_token)
         self._metrics.set_recomputation(scheduler.num_preemptions_total, scheduler.recomputed_tokens_total)
         self._metrics.snapshot = EngineSnapshot(
             running_contexts=[request.num_tokens for request in scheduler.running],
@@ -257,14 +256,28 @@ class Engine:
             active_blocks=self._pool.num_active,
             cached_blocks=self._pool.num_cached,
             leaked_blocks=self._pool.num_active - scheduler.num_held_blocks,
+            fruitless_steps=self._fruitless_steps,
         )
 
-    def _end_all(self, reason: FinishReason, error: Callable[[], RequestError]) -> None:
-        """Fails what is left when the thread ends, late arrivals too. Blocks need no freeing: the pool ends as well."""
-        self.inbox.refuse(error())
-        arrivals = self.inbox.take(0.0).arrivals
-        for job in (*self._jobs.values(), *arrivals):
-            self._publication.append((job, job.failed(error())))
-            self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
+    def _shut_down(self, told: float) -> None:
+        """Ends what is left."""
+        for job in self._refuse_and_collect(DrainingError("the server is shutting down", 1.0)):
+            self._end(job, FinishReason.SHUTDOWN, DrainingError("the server is shutting down", 1.0))
+            self._metrics.observe_cancel_release("shutdown", self.clock() - told)
+        self._report()
+
+    def _fail_all(self) -> None:
+        """Fails what is left after a fault, without trusting the scheduler: the pool ends with the thread."""
+        fault = "the engine has stopped after an internal fault"
+        for job in self._refuse_and_collect(EngineFaultError(fault)):
+            self._publication.append((job, job.failed(EngineFaultError(fault))))
+            elapsed = self.clock() - job.received
+            self._metrics.observe_finished(FinishReason.ERROR, job.request, job.timings(), elapsed)
         self._jobs.clear()
         self._publish(self._publication)
+
+    def _refuse_and_collect(self, refusal: RequestError) -> list[Job]:
+        """All that have not ended, late arrivals too; none comes after them."""
+        self.inbox.refuse(refusal)
+        self._jobs |= {job.request.request_id: job for job in self.inbox.take(0.0).arrivals}
+        return list(self._jobs.values())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pagestream.server.errors import DuplicateRequestError, QueueFullError, RequestError
@@ -25,7 +26,7 @@ class Mail:
     arrivals: list[Job]
     cancels: list[tuple[Job, float]]  # and when the cancel was seen
     reads: list[tuple[Job, int]]  # and how many of its tokens gRPC took
-    stopping: bool
+    stop: float | None  # when the engine was told to stop, if it was
 
 
 class Inbox:
@@ -39,34 +40,45 @@ class Inbox:
         self._cancels: list[tuple[Job, float]] = []
         self._reads: list[tuple[Job, int]] = []
         self._live: set[str] = set()  # ids of all requests that were taken on and have not ended
+        self._entering = 0  # requests whose prompts are being tokenised
         self._waiting_requests = 0  # arrivals and the scheduler's queue
         self._waiting_tokens = 0
         self._seconds_per_token = 0.0
         self._refusal: RequestError | None = None
-        self._stopping = False
+        self._stop: float | None = None
 
     # ---- any thread
 
-    def check_open(self) -> int:
-        """How many requests wait. Raises what `submit` would raise whatever the request: cheap enough to ask before
-        tokenising."""
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return self._waiting_requests
+
+    @contextmanager
+    def entering(self, fewest_tokens: int) -> Iterator[None]:
+        """Holds a place in the queue while a prompt of at least so many tokens is tokenised; `submit` belongs inside.
+        Raises at once what `submit` would raise whatever the prompt turns out to be."""
         with self._changed:
-            return self._check_open()
+            self._check_open(self._entering, fewest_tokens)
+            self._entering += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._entering -= 1
 
     def submit(self, job: Job) -> int:
         """Takes a request on and returns how many wait ahead of it. Raises DuplicateRequestError, QueueFullError or the
         refusal in force."""
         with self._changed:
-            ahead = self._check_open()
+            ahead, tokens = self._waiting_requests, job.request.num_prompt_tokens
+            self._check_open(0, tokens)
             if job.request.request_id in self._live:
                 raise DuplicateRequestError(f"request_id {job.request.request_id!r} belongs to a request still running")
-            tokens = self._waiting_tokens + job.request.num_prompt_tokens
-            if ahead and tokens > self._limits.max_tokens:
-                raise self._queue_full()
             self._live.add(job.request.request_id)
             self._arrivals.append(job)
             self._waiting_requests += 1
-            self._waiting_tokens = tokens
+            self._waiting_tokens += tokens
             self._changed.notify()
         return ahead
 
@@ -103,19 +115,18 @@ class Inbox:
 
     def stop(self) -> None:
         with self._changed:
-            self._stopping = True
+            self._stop = self._clock()
             self._changed.notify()
 
-    def _check_open(self) -> int:
+    def _check_open(self, others: int, tokens: int) -> None:
+        """Whether one more request of so many tokens may wait, beside what waits and `others`. An empty queue takes a
+        prompt of any length."""
         if self._refusal is not None:
             raise self._refusal
-        if self._waiting_requests >= self._limits.max_requests:
-            raise self._queue_full()
-        return self._waiting_requests
-
-    def _queue_full(self) -> QueueFullError:
-        text = f"{self._waiting_requests} requests with {self._waiting_tokens} prompt tokens are waiting"
-        return QueueFullError(text, self.predicted_wait)
+        waiting, limits = self._waiting_requests, self._limits
+        if waiting + others >= limits.max_requests or (waiting and self._waiting_tokens + tokens > limits.max_tokens):
+            text = f"{waiting + others} requests with {self._waiting_tokens} prompt tokens are waiting"
+            raise QueueFullError(text, self.predicted_wait)
 
     # ---- the engine's thread
 
@@ -123,12 +134,12 @@ class Inbox:
         """Everything that arrived. Waits so long for the first thing to arrive; None waits for ever."""
         with self._changed:
             self._changed.wait_for(self._has_mail, wait_seconds)
-            mail = Mail(self._arrivals, self._cancels, self._reads, self._stopping)
+            mail = Mail(self._arrivals, self._cancels, self._reads, self._stop)
             self._arrivals, self._cancels, self._reads = [], [], []
         return mail
 
     def _has_mail(self) -> bool:
-        return bool(self._arrivals or self._cancels or self._reads or self._stopping)
+        return bool(self._arrivals or self._cancels or self._reads or self._stop is not None)
 
     def forget(self, request_id: str) -> None:
         """The request has ended: its id may be used again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import Executor
 
 import grpc
@@ -48,6 +49,7 @@ class Listener:
         self, host: str, port: int, slot: ModelSlot, streams: Streams, tokenizing: Executor, metrics: Metrics
     ) -> None:
         """Raises OSError if the port cannot be had; port 0 takes a free one."""
+        _check_port(host, port)
         self._server = grpc.aio.server(interceptors=[CallCounter(metrics)], options=OPTIONS)
         self._health = health.HealthServicer()
         add_GenerationServiceServicer_to_server(GenerationService(slot, streams, tokenizing, metrics), self._server)
@@ -59,7 +61,7 @@ class Listener:
         try:
             self.port: int = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise OSError(f"the gRPC port {host}:{port} cannot be opened; is another server running?") from error
+            raise _taken(host, port) from error
 
     async def start(self) -> None:
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
@@ -75,3 +77,16 @@ class Listener:
     async def stop(self) -> None:
         """Lets answers that are being written go out, then closes every connection."""
         await self._server.stop(grace=1.0)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises OSError if another server listens there: gRPC prints lines of its own before it says so."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), port), family=family).close()
+    except OSError as error:
+        raise _taken(host, port) from error
+
+
+def _taken(host: str, port: int) -> OSError:
+    return OSError(f"the gRPC port {host}:{port} cannot be opened; is another server running?")

@@ -77,6 +77,7 @@ class EngineSnapshot:
     active_blocks: int = 0
     cached_blocks: int = 0
     leaked_blocks: int = 0
+    fruitless_steps: int = 0  # in a row up to this one, in which every request failed
 
     @property
     def kv_cache_usage_ratio(self) -> float:

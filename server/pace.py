@@ -30,6 +30,13 @@ class Pace:
         self._target_gap = target_gap
         self._decode = _Fit(3)
         self._prompt = _Fit(2)
+        self._prompt_seconds = 0.0  # of steps that read prompts, and how many tokens: about the last hundred
+        self._prompt_tokens = 0.0
+
+    @property
+    def seconds_per_prompt_token(self) -> float:
+        """How fast prompts are read, beside what else the steps compute; 0 until one was."""
+        return self._prompt_seconds / max(self._prompt_tokens, 1.0)
 
     def prompt_tokens(self, running: Iterable[Request]) -> int | None:
         """The limit for the next step; None if nothing decodes, so that nobody waits. As if all tokens were those of
@@ -57,6 +64,8 @@ class Pace:
             self._decode.add(decodes, seconds)
             return
         tokens = sum(chunk.length for chunk in prompts)
+        self._prompt_seconds = _MEMORY * self._prompt_seconds + seconds
+        self._prompt_tokens = _MEMORY * self._prompt_tokens + tokens
         attended = sum(chunk.length * (chunk.start + chunk.length / 2) for chunk in prompts)
         features = np.array([tokens / _SCALE, attended / _SCALE**2])
         self._prompt.add(features, seconds - self._decode.predict(decodes))

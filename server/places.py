@@ -1,4 +1,4 @@
-"""Whose turn it is when a place in the batch is free: tenants alike; within a tenant, priority first, the oldest always.
+"""Whose turn it is when a place in the batch is free: tenants alike; in a tenant, priority first, the oldest always.
 
 Pure integers. Why nobody waits for ever:
 

@@ -72,12 +72,13 @@ class GenerationService(GenerationServiceServicer):
         try:
             model = self._slot.get(request.model)
             engine = model.engine
-            engine.inbox.check_open()  # before tokenising: a full or draining server must not spend time on the prompt
             remaining = context.time_remaining()
             deadline = None if remaining is None else received + remaining
             tenant = _tenant(context)
-            job = await prepare(request, model, tenant, received, deadline, self._tokenizing, self._metrics)
-            queue_position = engine.inbox.submit(job)
+            # Before tokenising: a full or draining server must not spend time on the prompt.
+            with engine.inbox.entering(max(1, len(request.token_ids.ids))):
+                job = await prepare(request, model, tenant, received, deadline, self._tokenizing, self._metrics)
+                queue_position = engine.inbox.submit(job)
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise

@@ -181,7 +181,7 @@ def test_a_second_signal_ends_what_still_runs(run_app: RunApp) -> None:
 
 
 def _is_stopping(rig: Rig) -> bool:
-    return rig.engine.inbox._stopping
+    return rig.engine.inbox._stop is not None
 
 
 def test_a_signal_while_the_model_loads_ends_at_once(run_app: RunApp) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -210,8 +211,10 @@ def test_requests_without_a_usable_distribution_do_not_end_the_engine(make_rig: 
         rig.runner.faults[request_id] = NonFiniteLogitsError(request_id)
         rig.submit(request_id)
         assert isinstance(rig.recorder.end_of(request_id), Failed)
+    wait_until(lambda: rig.metrics.snapshot.fruitless_steps == 2 * MAX_FAILED_STEPS, "the watchdog can tell")
     rig.submit("good")
     assert isinstance(rig.recorder.end_of("good"), Finished)
+    wait_until(lambda: rig.metrics.snapshot.fruitless_steps == 0, "it works again")
     assert not rig.gone.is_set()
 
 
@@ -274,6 +277,10 @@ def test_stop_ends_what_runs_and_what_waits(make_rig: MakeRig) -> None:
         assert end.error.usage == Usage(3, len(rig.recorder.text_of(name)), preemptions=0)
     with pytest.raises(DrainingError):
         rig.submit("late")
+    assert is_idle(rig)
+    assert rig.pool.num_free == rig.pool.num_blocks
+    release = rig.metrics.read().histograms["cancel_release_seconds"]
+    assert release.counts[:, -1].tolist() == [0, 0, 0, 2]  # client, deadline, slow reader, shutdown
 
 
 def test_the_queue_is_full_by_requests(make_rig: MakeRig) -> None:
@@ -281,8 +288,8 @@ def test_the_queue_is_full_by_requests(make_rig: MakeRig) -> None:
     rig.runner.hold()
     rig.submit("runs", max_new_tokens=2)
     rig.runner.wait_until_held()
-    wait_until(lambda: rig.engine.inbox.check_open() <= 1, "what runs has left the queue")
-    ahead = rig.engine.inbox.check_open()
+    wait_until(lambda: rig.engine.inbox.num_waiting <= 1, "what runs has left the queue")
+    ahead = rig.engine.inbox.num_waiting
     for number in range(2 - ahead):
         rig.submit(f"waits {number}")
     with pytest.raises(QueueFullError) as refusal:
@@ -290,7 +297,7 @@ def test_the_queue_is_full_by_requests(make_rig: MakeRig) -> None:
     assert refusal.value.retry_after_seconds >= 1
     rig.runner.allow()
     rig.recorder.end_of("waits 0")
-    wait_until(lambda: rig.engine.inbox.check_open() == 0, "the queue is empty")
+    wait_until(lambda: rig.engine.inbox.num_waiting == 0, "the queue is empty")
     rig.submit("too many")
     assert isinstance(rig.recorder.end_of("too many"), Finished)
 
@@ -303,6 +310,41 @@ def test_the_queue_is_full_by_tokens_but_takes_any_prompt_when_empty(make_rig: M
         rig.submit("short", prompt="y")
     rig.runner.allow()
     assert isinstance(rig.recorder.end_of("long"), Finished)
+
+
+def test_prompts_being_tokenised_hold_places_in_the_queue(make_rig: MakeRig) -> None:
+    inbox = make_rig(limits=QueueLimits(max_requests=2, max_tokens=1_000_000)).engine.inbox
+    with ExitStack() as entered:
+        for _ in range(2):
+            entered.enter_context(inbox.entering(1))
+        with pytest.raises(QueueFullError), inbox.entering(1):
+            pass
+    with inbox.entering(1), inbox.entering(1):  # those before have let go
+        pass
+
+
+def test_a_prompt_known_to_be_too_long_for_the_queue_is_refused_before_it_is_tokenised(make_rig: MakeRig) -> None:
+    rig = make_rig(limits=QueueLimits(max_requests=100, max_tokens=20))
+    rig.runner.hold()
+    rig.submit("waits", prompt="x" * 12, max_new_tokens=1)
+    with rig.engine.inbox.entering(8):
+        pass
+    with pytest.raises(QueueFullError), rig.engine.inbox.entering(9):
+        pass
+
+
+def test_the_wait_to_come_is_that_of_reading_what_waits_at_the_speed_of_late(make_rig: MakeRig) -> None:
+    """Steps that only decode do not count: 2 s for 4 prompt tokens each, then 100 decodes of 2 s."""
+    clock = FakeClock()
+    rig = make_rig(clock=clock, token_budget=4, max_running=1)
+    rig.runner.on_step = lambda _plan: setattr(clock, "now", clock.now + 2)
+    rig.submit("first", prompt="x" * 12, max_new_tokens=100)
+    rig.recorder.end_of("first")
+    rig.runner.hold()
+    rig.submit("runs", prompt="x", max_new_tokens=50)
+    rig.runner.wait_until_held()
+    rig.submit("waits", prompt="x" * 40)
+    assert rig.engine.inbox.predicted_wait == pytest.approx(40 * 2 / 4, rel=0.1)
 
 
 def test_an_id_can_be_used_again_once_its_request_has_ended(make_rig: MakeRig) -> None:

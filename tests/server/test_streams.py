@@ -8,11 +8,15 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from pagestream.model.step import SampledToken
+from pagestream.server import translate
+from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.errors import EngineFaultError
 from pagestream.server.events import Delta, Event, Failed, Finished, Progress, Timings
 from pagestream.server.job import Publication
 from pagestream.server.request import FinishReason
-from pagestream.server.streams import Mailbox, Streams
+from pagestream.server.streams import Mailbox, Streams, merge
+from pagestream.server.validate import MAX_LOGPROBS
+from pagestream.v1 import generation_pb2 as pb
 from tests.support.fakes import make_job
 from tests.support.waiting import WAIT
 
@@ -42,6 +46,16 @@ def test_what_waits_together_is_read_together() -> None:
         return await read(mailbox)
 
     assert run(scenario()) == [Progress(5, 9), delta("abc"), END]
+
+
+def test_the_largest_delta_a_reader_can_be_owed_is_far_below_what_clients_take() -> None:
+    """All that may be unread at once, each token with every log-probability and with 1,000 bytes of text, more than
+    any vocabulary's; gRPC's clients take 4 MiB by default.
+    """
+    top = tuple((2**32 - 1, -1.0) for _ in range(MAX_LOGPROBS))
+    token = SampledToken(2**32 - 1, logprob=-1.0, top_logprobs=top)
+    largest = merge([Delta("x" * 1000, (token,))] * ReaderLimits().max_unread_tokens)
+    assert translate.delta(largest, pb.OutputConfig(token_ids=True)).ByteSize() < 2**22 / 8
 
 
 def test_a_failure_comes_after_what_was_made_before_it() -> None:

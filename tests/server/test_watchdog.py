@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagestream.server.metrics import EngineSnapshot
-from pagestream.server.watchdog import Watchdog
+from pagestream.server.watchdog import MAX_FRUITLESS_STEPS, Watchdog
 
 PATIENCE = 3.0
 
@@ -38,6 +38,16 @@ def test_requests_that_nobody_takes_in_stall() -> None:
 
 def test_requests_that_wait_while_none_runs_stall_however_many_steps_go_by() -> None:
     assert verdicts([EngineSnapshot(waiting_contexts=[5]) for _ in range(5)], live=1)[-1]
+
+
+def test_steps_that_all_fail_cost_readiness_until_one_succeeds() -> None:
+    fruitless = [EngineSnapshot(fruitless_steps=steps) for steps in range(MAX_FRUITLESS_STEPS - 1, 13)]
+    assert verdicts([*fruitless, EngineSnapshot()], live=0) == [False, True, True, True, False]
+
+
+def test_an_engine_that_failed_and_has_been_left_alone_gets_another_chance() -> None:
+    failed = EngineSnapshot(fruitless_steps=MAX_FRUITLESS_STEPS)
+    assert verdicts([failed] * 5, live=0) == [True, True, True, False, False]
 
 
 def test_one_step_makes_it_well_again() -> None:
