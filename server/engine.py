@@ -95,16 +95,23 @@ class Engine:
     def _run(self) -> None:
         try:
             self._report()  # so that an idle server's pool is seen to be free
-            while (stop := self._take_mail()) is None:
-                self._expire_deadlines()
-                self._expire_slow_readers()
-                self._step()
-                self._report()
+            while (stop := self._turn()) is None:
+                pass
             self._shut_down(stop)
         except Exception:  # whatever it is, clients must hear of it and readiness must drop
             log.exception("the engine is gone")
             self._fail_all()
             self._on_fault()
+
+    def _turn(self) -> float | None:
+        """Takes what arrived and, unless told to stop, ends what is due and runs a step. Returns what `_take_mail` does."""
+        stop = self._take_mail()
+        if stop is None:
+            self._expire_deadlines()
+            self._expire_slow_readers()
+            self._step()
+            self._report()
+        return stop
 
     def _take_mail(self) -> float | None:
         """Waits for work, applies what arrived, and says since when it is to stop; None if it is not."""
