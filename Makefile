@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 OUT ?= benchmarks/results
 
-.PHONY: help demo setup serve test lint wheel-check bench gpu-check protos clean
+.PHONY: help demo setup serve test lint wheel-check bench soak gpu-check protos clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -43,6 +43,9 @@ wheel-check: setup  ## install the wheel into an empty environment and run the d
 bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
 	@$(BIN)/python benchmarks/decode.py
 	@$(BIN)/python -m pagestream.kernels.bench
+
+soak: setup .venv/.test  ## 10,000 random client events and readers that stop: what is left of them, within 10 minutes
+	@PYTHONPATH=. $(BIN)/python -m tests.support.soak --out "$(OUT)"
 
 # Uses the python3 it finds, not .venv: machines with a GPU bring their own torch, which must not be replaced.
 gpu-check: build/tree  ## everything that needs a GPU; JSON and a log in $$OUT

@@ -104,11 +104,13 @@ async def one_stream_and_a_long_prompt(address: str, long_tokens: int) -> dict[s
         decoding.cancel()
         await asyncio.gather(decoding, return_exceptions=True)
     beside = victim.gaps(long_begun, long.tokens[0])
+    computed = long_tokens + 32 + len(beside)  # while the long prompt was read
     return {
         "gap_alone_ms": _milliseconds(victim.gaps(end=long_begun)),
         "gap_beside_ms": _milliseconds(beside),
         "long_ttft_s": {"alone": long_alone, "beside": long.time_to_first_token},
         "long_ttft_ratio": long.time_to_first_token / long_alone,
+        "tokens_per_s": {"alone": long_tokens / long_alone, "beside": computed / long.time_to_first_token},
         "short_ttft_ms": {"alone": short_alone * 1e3, "in_the_middle": short.time_to_first_token * 1e3},
     }
 
@@ -141,17 +143,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=float, nargs="+", default=[60.0], help="--target-gap-ms of the server")
     parser.add_argument("--long-tokens", type=int, default=8000)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--only-long", action="store_true", help="leave out the scene of sixteen at once")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     result: dict[str, Any] = {"read_bandwidth_gb_s": read_bandwidth() / 1e9, "targets": {}}
     for target in options.targets:
-        with server("--target-gap-ms", str(target)) as address:
+        with server(options.model, "--target-gap-ms", str(target)) as address:
             scene = asyncio.run(one_stream_and_a_long_prompt(address, options.long_tokens))
             print(target, scene, flush=True)  # noqa: T201 - it takes minutes
-            scene["sixteen_at_once"] = asyncio.run(short_and_long_at_once(address))
-            print(target, scene["sixteen_at_once"], flush=True)  # noqa: T201
+            if not options.only_long:
+                scene["sixteen_at_once"] = asyncio.run(short_and_long_at_once(address))
+                print(target, scene["sixteen_at_once"], flush=True)  # noqa: T201
             result["targets"][target] = scene
-    save("interference", result, options.out)
+    targets = "-".join(f"{target:g}" for target in options.targets)
+    save(f"interference-{targets}ms", result, options.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from google.protobuf.duration_pb2 import Duration
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import model_pb2, tokenizer_pb2
 from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.support.client import NOT_SERVING, SERVING, Answer, Client, gather, refused
+from tests.support.client import SERVING, Answer, Client, gather, refusal_of, refused
 from tests.support.process import ServerProcess
 from tests.support.waiting import WAIT, wait_until
 
@@ -297,53 +297,31 @@ def test_sixteen_streams_of_the_default_model_are_each_as_if_alone(serve: Serve,
     server.wait_until_idle()
 
 
-def test_a_server_tells_when_it_is_ready_and_stops_when_told(serve: Serve, default_model_path: Path) -> None:
-    server = serve(default_model_path, *ONE_THREAD, ready=False)
-    client = server.connect()
-    watching = client.watch()
-    assert next(watching) == NOT_SERVING
-    assert client.health("liveness") == SERVING
-    with refused("UNAVAILABLE", "LOADING"):
-        client.stream(text="x")
-    assert next(watching) == SERVING
-    assert client.stream(chat=CHAT, stop=stop(2)).finished.usage.output_tokens == 2
+def test_a_full_queue_says_so_at_once_while_huge_texts_are_tokenised(serve: Serve, tiny_model_path: Path) -> None:
+    """A text of 5 MB holds the one place in the queue; others hear so without being tokenised."""
+    server = serve(tiny_model_path, *ONE_THREAD, "--max-queue-requests", "1")
+    client, other, waits = server.connect(), server.connect(), []
+    text = "The quick brown fox jumps over the lazy dog, doesn't it? " * 90_000
+
+    def ask(client: Client) -> str | None:
+        try:
+            client.stream(text="x" * 1000, stop=stop(1))
+        except grpc.RpcError as error:
+            return refusal_of(error).reason
+        return None
+
+    with ThreadPoolExecutor() as threads:
+        huge = threads.submit(client.stream, timeout=60, text=text)
+        while not huge.done():
+            started = time.monotonic()
+            if ask(other) == "QUEUE_FULL":  # else it came before the huge one or after it
+                waits.append(time.monotonic() - started)
+        with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT"):
+            huge.result()
+    ordered = sorted(waits)
+    median, p99 = ordered[len(waits) // 2], ordered[int(0.99 * len(waits))]
+    print(f"median {median * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms of {len(waits)} refusals")  # noqa: T201
+    assert len(waits) > 20
+    assert median < 0.02  # 5 ms where nothing else runs
     client.close()
-    server.terminate()
-    assert server.wait_for_exit() == 0
-    assert "Traceback" not in "".join(server.log)
-
-
-def test_a_server_that_is_still_loading_stops_when_told(serve: Serve, default_model_path: Path) -> None:
-    server = serve(default_model_path, *ONE_THREAD, ready=False)
-    server.terminate()
-    assert server.wait_for_exit() == 0
-    assert not any("ready:" in line or "Traceback" in line for line in server.log)
-
-
-def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> None:
-    server = serve(tiny_model_path, *ONE_THREAD)
-    client = server.connect()
-    running = client.open(text="x", stop=stop(1500, ignore_eos=True))
-    next(running)
-    server.terminate()
-    server.wait_for_log("draining")
-    with refused("UNAVAILABLE", "DRAINING") as refusal:
-        client.stream(text="x")
-    assert refusal.got.retry_after == 30
-    assert list(running)[-1].finished.usage.output_tokens == 1500
-    assert server.wait_for_exit() == 0
-    client.close()
-
-
-def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
-    server = serve(tiny_model_path, *ONE_THREAD)
-    client = server.connect()
-    running = client.open(text="x", stop=stop(4000, ignore_eos=True))
-    next(running)
-    server.terminate()
-    server.wait_for_log("draining")
-    server.terminate()
-    with refused("UNAVAILABLE", "DRAINING"):
-        list(running)
-    assert server.wait_for_exit() == 0
-    client.close()
+    other.close()

@@ -1,0 +1,111 @@
+"""The life of a real server process: when it is ready, how it stops, what it says when it cannot start."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pagestream.v1 import generation_pb2 as pb
+from tests.support.client import NOT_SERVING, SERVING, refused
+from tests.support.process import ServerProcess
+
+Serve = Callable[..., ServerProcess]
+ONE_THREAD = ("--threads", "1")  # where other work runs beside it, threads that wait for each other are slow
+CHAT = pb.Chat(messages=[pb.ChatMessage(role="user", content="The quick brown fox?")])
+
+
+def stop(max_tokens: int, **fields: Any) -> pb.StopConfig:
+    return pb.StopConfig(max_tokens=max_tokens, **fields)
+
+
+def test_a_server_tells_when_it_is_ready_and_stops_when_told(serve: Serve, default_model_path: Path) -> None:
+    server = serve(default_model_path, *ONE_THREAD, ready=False)
+    client = server.connect()
+    watching = client.watch()
+    assert next(watching) == NOT_SERVING
+    assert client.health("liveness") == SERVING
+    with refused("UNAVAILABLE", "LOADING"):
+        client.stream(text="x")
+    assert next(watching) == SERVING
+    assert client.stream(chat=CHAT, stop=stop(2)).finished.usage.output_tokens == 2
+    client.close()
+    server.terminate()
+    assert server.wait_for_exit() == 0
+    assert "Traceback" not in "".join(server.log)
+
+
+def test_a_server_that_is_still_loading_stops_when_told(serve: Serve, default_model_path: Path) -> None:
+    server = serve(default_model_path, *ONE_THREAD, ready=False)
+    server.terminate()
+    assert server.wait_for_exit() == 0
+    assert not any("ready:" in line or "Traceback" in line for line in server.log)
+
+
+def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> None:
+    server = serve(tiny_model_path, *ONE_THREAD)
+    client = server.connect()
+    running = client.open(text="x", stop=stop(1500, ignore_eos=True))
+    next(running)
+    server.terminate()
+    server.wait_for_log("draining")
+    with refused("UNAVAILABLE", "DRAINING") as refusal:
+        client.stream(text="x")
+    assert refusal.got.retry_after == 30
+    assert list(running)[-1].finished.usage.output_tokens == 1500
+    assert server.wait_for_exit() == 0
+    client.close()
+
+
+def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
+    server = serve(tiny_model_path, *ONE_THREAD)
+    client = server.connect()
+    running = client.open(text="x", stop=stop(4000, ignore_eos=True))
+    next(running)
+    server.terminate()
+    server.wait_for_log("draining")
+    server.terminate()
+    with refused("UNAVAILABLE", "DRAINING"):
+        list(running)
+    assert server.wait_for_exit() == 0
+    client.close()
+
+
+def test_when_the_grace_is_over_the_rest_ends_with_what_it_has(serve: Serve, tiny_model_path: Path) -> None:
+    """A short answer ends inside the grace of a second; a long one and one that nobody reads do not."""
+    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "1", "--max-running", "2")
+    client = server.connect()
+    watching = client.watch()
+    assert next(watching) == SERVING
+    endless: dict[str, Any] = {"text": "x", "stop": stop(4000, ignore_eos=True), "output": pb.OutputConfig(logprobs=20)}
+    calls = [client.open(text="x", stop=stop(20, ignore_eos=True)), client.open(**endless)]
+    calls += [server.connect().open(**endless), client.open(**endless)]
+    for call in calls:
+        next(call)
+    server.terminate()
+    assert next(watching) == NOT_SERVING
+    with refused("UNAVAILABLE", "DRAINING") as refusal:
+        client.stream(text="x")
+    assert refusal.got.retry_after == 1
+    assert list(calls[0])[-1].finished.usage.output_tokens == 20
+    for call in (calls[1], calls[3]):
+        with refused("UNAVAILABLE", "DRAINING") as refusal:
+            list(call)
+        assert refusal.got.usage is not None
+        assert refusal.got.usage.prompt_tokens == 1
+    assert server.wait_for_exit() == 0
+    client.close()
+
+
+def test_a_port_that_is_taken_is_said_once(serve: Serve, tiny_model_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "pagestream.server", "serve", str(tiny_model_path)]
+        command += ["--grpc-port", str(port), "--http-port", "0"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    expected = f"pagestream: the gRPC port 127.0.0.1:{port} cannot be opened; is another server running?"
+    assert run.stderr.splitlines() == [expected]
