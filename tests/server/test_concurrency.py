@@ -116,3 +116,24 @@ def test_tenants_share_the_reading_of_prompts(service: Service) -> None:
     assert read[1] == {"a1": 32, "b": 32}
     assert len(tenants) == 3
     assert tenants.isdisjoint({"a", "b"})  # nobody needs to know what they call themselves
+
+
+def test_a_priority_reaches_the_scheduler(make_service: MakeService) -> None:
+    service = make_service(max_running=1)
+    service.rig.runner.hold()
+    first = service.client.open(text="x", request_id="first", stop=stop(1))
+    next(first)
+    service.rig.runner.wait_until_held()
+    priorities = {"low": pb.PRIORITY_LOW, "none": pb.PRIORITY_UNSPECIFIED, "high": pb.PRIORITY_HIGH}
+    calls = [
+        service.client.open(text="x", request_id=name, stop=stop(1), priority=priority)
+        for name, priority in priorities.items()
+    ]
+    for call in calls:
+        next(call)
+    order: list[str] = []
+    service.rig.runner.on_step = lambda plan: order.extend(chunk.request_id for chunk in plan.chunks)
+    service.rig.runner.allow()
+    for call in calls:
+        assert [event.WhichOneof("event") for event in call][-1] == "finished"
+    assert order == ["first", "high", "none", "low"]

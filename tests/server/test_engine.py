@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -310,41 +309,6 @@ def test_the_queue_is_full_by_tokens_but_takes_any_prompt_when_empty(make_rig: M
         rig.submit("short", prompt="y")
     rig.runner.allow()
     assert isinstance(rig.recorder.end_of("long"), Finished)
-
-
-def test_prompts_being_tokenised_hold_places_in_the_queue(make_rig: MakeRig) -> None:
-    inbox = make_rig(limits=QueueLimits(max_requests=2, max_tokens=1_000_000)).engine.inbox
-    with ExitStack() as entered:
-        for _ in range(2):
-            entered.enter_context(inbox.entering(1))
-        with pytest.raises(QueueFullError), inbox.entering(1):
-            pass
-    with inbox.entering(1), inbox.entering(1):  # those before have let go
-        pass
-
-
-def test_a_prompt_known_to_be_too_long_for_the_queue_is_refused_before_it_is_tokenised(make_rig: MakeRig) -> None:
-    rig = make_rig(limits=QueueLimits(max_requests=100, max_tokens=20))
-    rig.runner.hold()
-    rig.submit("waits", prompt="x" * 12, max_new_tokens=1)
-    with rig.engine.inbox.entering(8):
-        pass
-    with pytest.raises(QueueFullError), rig.engine.inbox.entering(9):
-        pass
-
-
-def test_the_wait_to_come_is_that_of_reading_what_waits_at_the_speed_of_late(make_rig: MakeRig) -> None:
-    """Steps that only decode do not count: 2 s for 4 prompt tokens each, then 100 decodes of 2 s."""
-    clock = FakeClock()
-    rig = make_rig(clock=clock, token_budget=4, max_running=1)
-    rig.runner.on_step = lambda _plan: setattr(clock, "now", clock.now + 2)
-    rig.submit("first", prompt="x" * 12, max_new_tokens=100)
-    rig.recorder.end_of("first")
-    rig.runner.hold()
-    rig.submit("runs", prompt="x", max_new_tokens=50)
-    rig.runner.wait_until_held()
-    rig.submit("waits", prompt="x" * 40)
-    assert rig.engine.inbox.predicted_wait == pytest.approx(40 * 2 / 4, rel=0.1)
 
 
 def test_an_id_can_be_used_again_once_its_request_has_ended(make_rig: MakeRig) -> None:

@@ -36,6 +36,7 @@ MakeService = Callable[..., Service]
             ["output.progress_interval"],
         ),
         ({"text": "x", "queue_timeout": Duration()}, "INVALID_ARGUMENT", "INVALID_FIELD", ["queue_timeout"]),
+        ({"text": "x", "priority": 9}, "INVALID_ARGUMENT", "INVALID_FIELD", ["priority"]),
         ({"text": "x" * MAX_CONTEXT}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT", []),
         ({"text": "x" * KV_CAPACITY}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY", []),
         ({"text": "x", "model": "models/other"}, "NOT_FOUND", "UNKNOWN_MODEL", []),
