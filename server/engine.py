@@ -104,7 +104,7 @@ class Engine:
             self._on_fault()
 
     def _turn(self) -> float | None:
-        """Takes what arrived and, unless told to stop, ends what is due and runs a step. Returns what `_take_mail` does."""
+        """Takes what arrived and, unless told to stop, ends what is due and runs a step; returns as `_take_mail`."""
         stop = self._take_mail()
         if stop is None:
             self._expire_deadlines()

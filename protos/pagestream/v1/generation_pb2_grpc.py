@@ -74,7 +74,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Generate is GenerateStream gathered into one answer.
+        """Generate is GenerateStream gathered into one answer. Its size is the client's to allow: many thousands of tokens
+        with log-probabilities can exceed the 4 MiB that gRPC clients take by default, which no event of a stream does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,9 @@ class GenerationServiceStub:
     tokens are made, one Finished. Cancelling the call stops the generation.
     """
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Generate is GenerateStream gathered into one answer."""
+    """Generate is GenerateStream gathered into one answer. Its size is the client's to allow: many thousands of tokens
+    with log-probabilities can exceed the 4 MiB that gRPC clients take by default, which no event of a stream does.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -66,7 +68,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     tokens are made, one Finished. Cancelling the call stops the generation.
     """
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generate is GenerateStream gathered into one answer."""
+    """Generate is GenerateStream gathered into one answer. Its size is the client's to allow: many thousands of tokens
+    with log-probabilities can exceed the 4 MiB that gRPC clients take by default, which no event of a stream does.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """GenerationService turns prompts into tokens.
@@ -95,6 +99,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
-        """Generate is GenerateStream gathered into one answer."""
+        """Generate is GenerateStream gathered into one answer. Its size is the client's to allow: many thousands of tokens
+        with log-probabilities can exceed the 4 MiB that gRPC clients take by default, which no event of a stream does.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
