@@ -197,7 +197,7 @@ class EngineMachine(RuleBasedStateMachine):
         stop = self.engine._turn()
         assert stop is not None
         self.engine._shut_down(stop)
-        assert self.pool.num_free == self.pool.num_blocks
+        assert self.pool.num_active == 0
         for job in self.jobs:
             reason = job.finish_reason
             assert reason is not None

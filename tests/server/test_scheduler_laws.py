@@ -44,7 +44,8 @@ class Laws:
     def admit(self, tenant: str, priority: Priority, prompt: int, answer: int) -> None:
         if len(self.live) == MAX_LIVE or prompt + 1 > self.pool.capacity:
             return
-        request = Request(str(Laws.steps), [1] * prompt, SamplingParams(), answer, tenant=tenant, priority=priority)
+        number = len(self.since)  # also its tokens: no two prompts begin alike
+        request = Request(str(number), [number] * prompt, SamplingParams(), answer, tenant=tenant, priority=priority)
         self.scheduler.admit(request)
         self.live.append(request)
         self.since[request] = Laws.steps
@@ -97,7 +98,6 @@ class Laws:
         for advance in scheduler.commit(plan, result):
             if advance.request.is_finished:
                 self.book_end(advance.request)
-        assert self.pool.num_active == scheduler.num_held_blocks
         Laws.steps += 1
         if Laws.steps % 16 == 0:
             scheduler.check_integrity()
@@ -146,7 +146,7 @@ class Laws:
                 break
             self.step(None)
         assert not self.live
-        assert self.pool.num_free == self.pool.num_blocks
+        assert self.pool.num_active == 0
         assert all(count == 1 for count in self.ends.values())
         assert all(request.is_finished for request in self.ended)
 
