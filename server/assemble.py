@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import torch
 
+from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.default_model import resolve_model
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
-from pagestream.model.tokenizer import load_tokenizer
 from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
@@ -36,9 +36,10 @@ def assemble(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path = resolve_model(config.model, config.cache_dir, log.info)
-    tokenizer = load_tokenizer(path)
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.load_tokenizer()
     loaded = load_model(
-        path,
+        checkpoint,
         dtype=config.dtype,
         kv_dtype=config.kv_dtype,
         device=config.device,
@@ -46,6 +47,7 @@ def assemble(
         max_context=config.max_context,
         token_budget=config.token_budget,
         kv_memory=config.kv_memory,
+        cache_dir=config.cache_dir,
         progress=_LoadProgress(),
     )
     _warm_up(loaded, config.token_budget)

@@ -17,7 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from pagestream.model.checkpoint import check_tensors, open_checkpoint
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.kv_cache import KVCache
-from pagestream.model.linear import QuantizedLinear
+from pagestream.model.linear import QuantizedLinear, pack_matrices
 from pagestream.model.runner import Runner
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.model.weights import build_weights, expected_tensors
@@ -143,7 +143,7 @@ def test_reads_what_was_written(tmp_path: Path, quant: GgmlType, model_type: str
         expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(source, kind), kind).copy())
         assert torch.equal(checkpoint.read(name), expected)
         if name in checkpoint.group_bits:  # kept quantised: the same numbers, in the same rows
-            groups = QuantizedLinear([checkpoint.read_groups(name)], None, torch.float32)
+            groups = QuantizedLinear(pack_matrices([checkpoint.read_groups(name)]), None, torch.float32)
             assert torch.equal(groups.lookup(torch.arange(len(expected))), expected)
     matrices = {name for name, shape in checkpoint.tensors.items() if len(shape) == 2}
     assert checkpoint.group_bits.keys() == (matrices if quant.name in ("Q4_0", "Q4_1", "Q8_0") else set())
