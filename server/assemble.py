@@ -26,6 +26,7 @@ from pagestream.server.served import ServedModel
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING = 64
+_WARM_UP_ROWS = 16  # on a CPU: 512 take a third of a second
 
 
 def assemble(
@@ -88,9 +89,11 @@ def assemble(
 
 
 def _warm_up(loaded: LoadedModel, token_budget: int) -> None:
-    """Generates one token after the largest step there can be, so that what a step needs is had before it is promised:
-    memory, compiled kernels, threads."""
-    length = min(token_budget, loaded.plan.longest_request - 1)
+    """Generates one token, so that what a step needs is had before it is promised: compiled kernels, threads, weights
+    read from their file, and on a GPU, where it is not taken page by page, the memory of the largest step there can be.
+    """
+    rows = _WARM_UP_ROWS if loaded.device == "cpu" else token_budget
+    length = min(rows, token_budget, loaded.plan.longest_request - 1)
     chunk = Chunk(
         request_id="warm-up",
         tokens=[0] * length,
