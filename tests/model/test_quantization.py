@@ -75,7 +75,7 @@ def test_the_default_models_tensors_are_repacked_exactly(default_model_path: Pat
         assert torch.equal(looked_up(checkpoint.read_groups(name)), checkpoint.read(name))
 
 
-def load(path: Path, dtype: str) -> LoadedModel:
+def load(path: Path, dtype: str, cache_dir: Path | None = None) -> LoadedModel:
     return load_model(
         open_checkpoint(path),
         dtype=dtype,
@@ -85,6 +85,7 @@ def load(path: Path, dtype: str) -> LoadedModel:
         max_context=512,
         token_budget=512,
         kv_memory=32 << 20,
+        cache_dir=cache_dir,
     )
 
 
@@ -116,3 +117,11 @@ def test_perplexity_stays_that_of_the_same_weights_in_fp32(default_model_path: P
         assert abs(mean_loss(quantized) - mean_loss(exact)) < 0.02
         assert (quantized.argmax(-1) == exact.argmax(-1)).float().mean() > 0.93
     assert loaded.plan.weights_bytes < 100e6
+
+
+def test_a_start_from_packed_weights_gives_the_same_logits(default_model_path: Path, tmp_path: Path) -> None:
+    tokens = torch.arange(1000, 1040).tolist()
+    uncached = logits(load(default_model_path, "int4"), tokens, chunk=20)
+    for _ in range(2):  # packs and keeps; maps what was kept
+        assert torch.equal(logits(load(default_model_path, "int4", tmp_path), tokens, chunk=20), uncached)
+    assert len(list((tmp_path / "packed").iterdir())) == 1
