@@ -12,6 +12,8 @@ Packed: codes uint8 [N / 16, K / 32, 512], 8 quads of inputs x 16 outputs x 4 in
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,7 +24,13 @@ SMALLEST = 1e-30  # a group of an input that stays below it counts as zeros
 _QUADS = GROUP // 4
 
 
-def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+class Packed(NamedTuple):
+    codes: Tensor
+    scales: Tensor
+    mins: Tensor | None
+
+
+def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> Packed:
     """Codes uint8 [N, K], scales and mins float16 [N, K / 32], without mins 8-bit, to the layout of `quantized_linear`.
 
     Raises ValueError where K is not a multiple of 32.
@@ -33,9 +41,9 @@ def pack(codes: Tensor, scales: Tensor, mins: Tensor | None) -> tuple[Tensor, Te
     blocks = functional.pad(codes, padding).view(-1, BLOCK, codes.shape[1] // GROUP, _QUADS, 4).permute(0, 2, 3, 1, 4)
     packed_scales = _pack_scales(functional.pad(scales, padding))
     if mins is None:
-        return blocks.flatten(2).contiguous(), packed_scales, None
+        return Packed(blocks.flatten(2).contiguous(), packed_scales, None)
     low, high = blocks.chunk(2, dim=2)
-    return (low | (high << 4)).flatten(2), packed_scales, _pack_scales(functional.pad(mins, padding))
+    return Packed((low | (high << 4)).flatten(2), packed_scales, _pack_scales(functional.pad(mins, padding)))
 
 
 def unpack_rows(codes: Tensor, scales: Tensor, mins: Tensor | None, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model on disk, whatever its format: a config, and named tensors that are read one at a time."""
+"""A model on disk, whatever its format: a config, named tensors that are read one at a time, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pagestream.model.checkpoint_hf import HfCheckpoint
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.quantization import Bits, Groups
+from pagestream.model.tokenizer_base import Tokenizer
 from pagestream.model.weights import expected_tensors
 
 
@@ -20,6 +21,10 @@ class Checkpoint(Protocol):
     @property
     def name(self) -> str:
         """For people: the name of the folder, or of the file without its suffix."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What holds the tensors."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -43,6 +48,9 @@ class Checkpoint(Protocol):
 
     def read_groups(self, name: str) -> Groups:
         """The tensor's own codes and scales, exactly; rows in the order of `read`."""
+
+    def load_tokenizer(self) -> Tokenizer:
+        """See `tokenizer.load_tokenizer`; a GGUF file is not read again."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

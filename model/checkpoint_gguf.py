@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ import torch
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.gguf_config import parse_gguf_config
 from pagestream.model.quantization import Bits, Groups
+from pagestream.model.tokenizer_base import Tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
 
 _TYPES: Final = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 _GROUP_BITS: Final[dict[str, Bits]] = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}  # what `quantization.Groups` holds exactly
@@ -45,7 +46,10 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.name = path.stem
-        reader = open_gguf(path)
+        self.files = (path,)
+        from pagestream.model.gguf_file import open_gguf  # noqa: PLC0415, imports the gguf package
+
+        self._reader = reader = open_gguf(path)
         sources = {tensor.name: tensor for tensor in reader.tensors}
         for tensor in reader.tensors:
             if tensor.tensor_type.name not in _TYPES:
@@ -71,6 +75,11 @@ class GgufCheckpoint:
         self.tensors = {name: tuple(reversed(tensor.shape.tolist())) for name, tensor in self._sources.items()}
         self.source_bytes = sum(int(tensor.n_bytes) for tensor in self._sources.values())
 
+    def load_tokenizer(self) -> Tokenizer:
+        from pagestream.model.tokenizer_gguf import gguf_tokenizer  # noqa: PLC0415, imports the gguf package
+
+        return gguf_tokenizer(self._reader)
+
     @property
     def group_bits(self) -> dict[str, Bits]:
         return {
@@ -91,34 +100,6 @@ class GgufCheckpoint:
         if self._permuted and ".k_proj." in name:
             return _rotate_half_order(rows, self.config.num_kv_heads)
         return rows
-
-
-def open_gguf(path: Path) -> GGUFReader:
-    """Raises ModelError for a file that is damaged, in the other byte order or split. Takes seconds for a large
-    vocabulary.
-    """
-    from gguf import GGUFReader  # noqa: PLC0415, needed for these files alone
-
-    class BoundedReader(GGUFReader):
-        """GGUFReader reads past the end of the file as empty arrays, and loops over what a damaged length says."""
-
-        data: Any  # a memmap until the first read
-
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
-                raise ValueError("it ends too early")
-            self.data = self.data.view(np.ndarray)  # slicing a memmap takes three times as long
-            return super()._get(offset, dtype, count, override_order)
-
-    try:
-        reader = BoundedReader(path)
-    except (OSError, ValueError, LookupError, OverflowError) as error:
-        raise ModelError(f"{path} cannot be read as GGUF, is it complete? ({error})") from error
-    if reader.byte_order == "S":
-        raise ModelError(f"{path} is written for machines of the other byte order")
-    if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
-        raise ModelError(f"{path} is one part of several; join them with llama.cpp's gguf-split --merge")
-    return reader
 
 
 def _is_bulky(key: str) -> bool:

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.hf_config import parse_hf_config
 from pagestream.model.quantization import Bits, Groups
+from pagestream.model.tokenizer import load_tokenizer
+from pagestream.model.tokenizer_base import Tokenizer
 
 _INDEX: Final = "model.safetensors.index.json"
 _DTYPES: Final = ("F32", "F16", "BF16")
@@ -23,20 +25,22 @@ class HfCheckpoint:
     def __init__(self, folder: Path) -> None:
         generation = folder / "generation_config.json"
         self.name = folder.resolve().name
+        self._folder = folder
         self.config = parse_hf_config(
             _read_json(folder / "config.json"), _read_json(generation) if generation.exists() else None
         )
         self.source_bytes = 0
         self.tensors: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}  # which open file holds a tensor
-        for file in _weight_files(folder):
+        self._sources: dict[str, Any] = {}  # which open file holds a tensor
+        self.files = tuple(_weight_files(folder))
+        for file in self.files:
             self._add(file)
         for tensor in _indexed_tensors(folder):
             if tensor not in self.tensors:
                 raise ModelError(f"{folder / _INDEX} names the tensor {tensor}, which none of its files holds")
 
     def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        tensor: torch.Tensor = self._sources[name].get_tensor(name)
         return tensor
 
     @property
@@ -45,6 +49,9 @@ class HfCheckpoint:
 
     def read_groups(self, name: str) -> Groups:
         raise KeyError(name)
+
+    def load_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._folder)
 
     def _add(self, path: Path) -> None:
         try:
@@ -59,7 +66,7 @@ class HfCheckpoint:
                     f"{path}: the tensor {tensor} has type {header.get_dtype()}, only {', '.join(_DTYPES)} are known"
                 )
             self.tensors[tensor] = tuple(header.get_shape())
-            self._files[tensor] = file
+            self._sources[tensor] = file
 
 
 def _weight_files(folder: Path) -> list[Path]:

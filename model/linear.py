@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from pagestream import kernels
-from pagestream.kernels.packing import pack, unpack_rows
+from pagestream.kernels.packing import Packed, pack, unpack_rows
 from pagestream.model.quantization import Groups
 
 
@@ -40,11 +40,25 @@ class DenseLinear:
         return functional.embedding(outputs, self.weight)
 
 
-class QuantizedLinear:
-    """Matrices in groups, one under the other. Those of equal bits that follow each other are one product."""
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    outputs: int
+    tensors: Packed
 
-    def __init__(self, matrices: Sequence[Groups], bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        self._parts = tuple(_Packed(groups) for groups in _join_equal(matrices))
+
+def pack_matrices(matrices: Sequence[Groups]) -> list[PackedMatrix]:
+    """Those of equal bits that follow each other are one under the other: one product."""
+    return [
+        PackedMatrix(len(groups.codes), pack(groups.codes, groups.scales, groups.mins))
+        for groups in _join_equal(matrices)
+    ]
+
+
+class QuantizedLinear:
+    """Matrices in groups, one under the other."""
+
+    def __init__(self, parts: Sequence[PackedMatrix], bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self._parts = tuple(parts)
         self._outputs = sum(part.outputs for part in self._parts)
         self._bias = bias
         self._dtype = dtype
@@ -53,22 +67,13 @@ class QuantizedLinear:
         out = rows.new_empty(len(rows), self._outputs)
         begin = 0
         for part in self._parts:
-            part.multiply(rows, out[:, begin : begin + part.outputs])
+            kernels.quantized_linear(rows, *part.tensors, out=out[:, begin : begin + part.outputs])
             begin += part.outputs
         return out if self._bias is None else out.add_(self._bias)
 
     def lookup(self, outputs: torch.Tensor) -> torch.Tensor:
         (part,) = self._parts
-        return unpack_rows(part.codes, part.scales, part.mins, outputs).to(self._dtype)
-
-
-class _Packed:
-    def __init__(self, groups: Groups) -> None:
-        self.outputs = len(groups.codes)
-        self.codes, self.scales, self.mins = pack(groups.codes, groups.scales, groups.mins)
-
-    def multiply(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        kernels.quantized_linear(rows, self.codes, self.scales, self.mins, out=out)
+        return unpack_rows(*part.tensors, outputs).to(self._dtype)
 
 
 def _join_equal(matrices: Sequence[Groups]) -> list[Groups]:

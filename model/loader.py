@@ -1,4 +1,4 @@
-"""From a path to a runner: open, check, plan, and only then allocate."""
+"""From a checkpoint to a runner: check, plan, and only then allocate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Final
 import torch
 
 from pagestream.kernels import build
-from pagestream.model.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from pagestream.model.checkpoint import Checkpoint, check_tensors
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import ModelError
 from pagestream.model.kv_cache import KVCache
 from pagestream.model.memory import MemoryPlan, available_memory, plan_memory
+from pagestream.model.packed import PackedMatrices
 from pagestream.model.quantization import Bits, Groups, choose_bits, quantize
 from pagestream.model.runner import Runner
 from pagestream.model.weights import build_weights, count_parameters, expected_tensors
@@ -48,7 +49,7 @@ class LoadedModel:
 
 
 def load_model(
-    path: Path,
+    checkpoint: Checkpoint,
     *,
     dtype: str,
     kv_dtype: str,
@@ -57,10 +58,12 @@ def load_model(
     max_context: int | None,
     token_budget: int,
     kv_memory: int | None,
+    cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """`device`, `dtype` and `kv_dtype` may be `auto`; `max_context` in tokens (None: the model's own), `kv_memory`
-    in bytes (None: see `plan_memory`). `progress` gets bytes of weights stored so far and bytes in all.
+    in bytes (None: see `plan_memory`). `cache_dir` is where packed weights are kept for the next start (None: nowhere).
+    `progress` gets bytes of weights stored so far and bytes in all.
 
     Raises ModelError; nothing is allocated before config, tensors and memory have been found good, and the memory
     plan is logged before it is carried out.
@@ -68,7 +71,6 @@ def load_model(
     place = _choose_device(device)
     _check_option("--dtype", dtype, DTYPES)
     _check_option("--kv-dtype", kv_dtype, KV_DTYPES)
-    checkpoint = open_checkpoint(path)
     check_tensors(checkpoint)
     if dtype == "auto":
         dtype = _choose_dtype(place, checkpoint)
@@ -91,14 +93,17 @@ def load_model(
     _log.info("%s: %.1f M parameters, %s on %s", checkpoint.name, parameters / 1e6, dtype, place)
     for line in plan.report():
         _log.info("%s", line)
+    packed_dir = None if cache_dir is None else cache_dir / "packed"
+    quantized = PackedMatrices(bits, partial(_read_groups, checkpoint, bits), checkpoint.files, packed_dir)
     weights = build_weights(
         config,
         checkpoint.read,
         DTYPES[dtype],
         place,
         _running_total(progress, plan.weights_bytes),
-        {name: partial(_read_groups, checkpoint, name, wanted) for name, wanted in bits.items()},
+        quantized,
     )
+    quantized.keep()
     cache = KVCache(config, plan.num_pages, page_size, KV_DTYPES[kv_dtype], place)
     runner = Runner(config, weights, cache)
     return LoadedModel(checkpoint.name, config, runner, plan, parameters, str(place), dtype, kv_dtype)
@@ -112,10 +117,10 @@ def _choose_bits(checkpoint: Checkpoint, dtype: str, device: torch.device) -> di
     return choose_bits(expected_tensors(checkpoint.config), _QUANTIZED[dtype], checkpoint.group_bits)
 
 
-def _read_groups(checkpoint: Checkpoint, name: str, bits: Bits) -> Groups:
+def _read_groups(checkpoint: Checkpoint, bits: Mapping[str, Bits], name: str) -> Groups:
     if name in checkpoint.group_bits:
         return checkpoint.read_groups(name)
-    return quantize(checkpoint.read(name), bits)
+    return quantize(checkpoint.read(name), bits[name])
 
 
 def _running_total(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:

@@ -11,7 +11,6 @@ from google.protobuf.message import DecodeError
 from tokenizers import AddedToken
 
 from pagestream.model.chat_template import ChatTemplate
-from pagestream.model.checkpoint_gguf import open_gguf
 from pagestream.model.errors import ModelError
 from pagestream.model.tokenizer_base import Tokenizer
 from pagestream.model.tokenizer_fast import FastTokenizer, surround
@@ -27,6 +26,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if path.suffix == ".gguf":
         # here, because only GGUF files need the gguf package
+        from pagestream.model.gguf_file import open_gguf  # noqa: PLC0415
         from pagestream.model.tokenizer_gguf import gguf_tokenizer  # noqa: PLC0415
 
         return gguf_tokenizer(open_gguf(path))

@@ -17,7 +17,8 @@ from pagestream.kernels.packing import packed_bytes
 from pagestream.model.config import ModelConfig
 from pagestream.model.errors import UnsupportedModelError
 from pagestream.model.linear import DenseLinear, Linear, QuantizedLinear
-from pagestream.model.quantization import Bits, Groups
+from pagestream.model.packed import PackedMatrices
+from pagestream.model.quantization import Bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +92,15 @@ def build_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int], None] | None = None,
-    groups: Mapping[str, Callable[[], Groups]] | None = None,
+    quantized: PackedMatrices | None = None,
 ) -> Weights:
     """Reads every expected tensor once, converts it and lets it go, so the peak is the model and one source tensor.
-    The matrices named in `groups` are read from there and stay quantised.
+    What is in `quantized` is read from there and stays so.
 
     `progress` gets the bytes stored after each tensor; they add up to `weight_bytes`.
     Raises UnsupportedModelError for a tensor of another shape.
     """
-    loader = _Loader(expected_tensors(config), read, groups or {}, dtype, device, progress)
+    loader = _Loader(expected_tensors(config), read, quantized, dtype, device, progress)
     embedding = loader.linear("model.embed_tokens")
     layers = tuple(_build_layer(config, loader, f"model.layers.{index}.") for index in range(config.num_layers))
     norm = loader.stack("model.norm.weight")
@@ -111,7 +112,7 @@ def build_weights(
 class _Loader:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]
-    groups: Mapping[str, Callable[[], Groups]]
+    quantized: PackedMatrices | None
     dtype: torch.dtype
     device: torch.device
     progress: Callable[[int], None] | None
@@ -120,9 +121,12 @@ class _Loader:
         weights = [f"{name}.weight" for name in names]
         biases = [f"{name}.bias" for name in names]
         bias = self.stack(*biases) if biases[0] in self.shapes else None
-        if weights[0] in self.groups:
-            return QuantizedLinear([self._read_groups(name) for name in weights], bias, self.dtype)
-        return DenseLinear(self.stack(*weights), bias)
+        if self.quantized is None or weights[0] not in self.quantized.bits:
+            return DenseLinear(self.stack(*weights), bias)
+        parts = self.quantized.load(weights)
+        for name in weights:
+            self._report(name, self.quantized.bits[name])
+        return QuantizedLinear(parts, bias, self.dtype)
 
     def stack(self, *names: str) -> torch.Tensor:
         """The named tensors one under the other."""
@@ -131,22 +135,13 @@ class _Loader:
         for name, end in zip(names, accumulate(rows), strict=True):
             part = stacked[end - self.shapes[name][0] : end]
             source = self.read(name)
-            self._check_shape(name, source)
+            if source.shape != self.shapes[name]:
+                raise UnsupportedModelError(
+                    f"tensor {name} has shape {list(source.shape)}, the config says {list(self.shapes[name])}"
+                )
             part.copy_(source)
             self._report(name, None)
         return stacked
-
-    def _read_groups(self, name: str) -> Groups:
-        groups = self.groups[name]()
-        self._check_shape(name, groups.codes)
-        self._report(name, groups.bits)
-        return groups
-
-    def _check_shape(self, name: str, source: torch.Tensor) -> None:
-        if source.shape != self.shapes[name]:
-            raise UnsupportedModelError(
-                f"tensor {name} has shape {list(source.shape)}, the config says {list(self.shapes[name])}"
-            )
 
     def _report(self, name: str, bits: Bits | None) -> None:
         if self.progress is not None:

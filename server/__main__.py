@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -96,6 +97,7 @@ def serve(
     except ValueError as error:
         _fail(error, USAGE)
     let_idle_threads_sleep()
+    gc.disable()  # until the model is loaded: looking for garbage among what stays takes a tenth of the start
     from pagestream.server.app import serve as run_server  # noqa: PLC0415 - torch: seconds that --help need not wait
 
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import threading
@@ -61,6 +62,8 @@ async def _serve(config: ServerConfig) -> int:
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             model = loading.result()
+            gc.freeze()  # what is there stays: collections need not look through it
+            gc.enable()
             slot.fill(model)
             await listener.set_serving(serving=True)
             metrics.state = ServerState.READY

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import torch
 
+from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.default_model import resolve_model
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
-from pagestream.model.tokenizer import load_tokenizer
 from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
@@ -26,6 +26,7 @@ from pagestream.server.served import ServedModel
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_RUNNING = 64
+_WARM_UP_ROWS = 16  # on a CPU: 512 take a third of a second
 
 
 def assemble(
@@ -36,9 +37,10 @@ def assemble(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path = resolve_model(config.model, config.cache_dir, log.info)
-    tokenizer = load_tokenizer(path)
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.load_tokenizer()
     loaded = load_model(
-        path,
+        checkpoint,
         dtype=config.dtype,
         kv_dtype=config.kv_dtype,
         device=config.device,
@@ -46,6 +48,7 @@ def assemble(
         max_context=config.max_context,
         token_budget=config.token_budget,
         kv_memory=config.kv_memory,
+        cache_dir=config.cache_dir,
         progress=_LoadProgress(),
     )
     _warm_up(loaded, config.token_budget)
@@ -86,9 +89,11 @@ def assemble(
 
 
 def _warm_up(loaded: LoadedModel, token_budget: int) -> None:
-    """Generates one token after the largest step there can be, so that what a step needs is had before it is promised:
-    memory, compiled kernels, threads."""
-    length = min(token_budget, loaded.plan.longest_request - 1)
+    """Generates one token, so that what a step needs is had before it is promised: compiled kernels, threads, weights
+    read from their file, and on a GPU, where it is not taken page by page, the memory of the largest step there can be.
+    """
+    rows = _WARM_UP_ROWS if loaded.device == "cpu" else token_budget
+    length = min(rows, token_budget, loaded.plan.longest_request - 1)
     chunk = Chunk(
         request_id="warm-up",
         tokens=[0] * length,

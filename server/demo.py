@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from threading import Thread
 
 import grpc
@@ -75,6 +76,13 @@ class Server:
                     line = self.last_lines[-1]
                     status.update(Text(line.partition(": ")[2] or line, style="dim"))  # without time and logger
 
+    def peak_memory(self) -> int:
+        """The most bytes that it ever had resident."""
+        (line,) = (
+            line for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines() if "VmHWM" in line
+        )
+        return int(line.split()[1]) * 1024
+
     def stop(self) -> int:
         """The exit code after SIGTERM, or after SIGKILL if it takes too long. Safe to call again."""
         self._process.terminate()
@@ -118,6 +126,7 @@ def _run(server: Server, terminal: Console) -> None:
     if answer.finished is None:
         raise DemoError("the stream ended without Finished")
     terminal.print(f"\n\n{summary(answer.finished)}", style="bold")
+    terminal.print(f"The server has taken {server.peak_memory() / 1e6:.0f} MB of memory at most", style="dim")
     terminal.print(NEXT)
     if code := server.stop():
         raise DemoError(f"the server ended with exit code {code}")

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.model.tokenizer import load_tokenizer
@@ -57,7 +58,7 @@ TEXTS = [
 
 def load(path: Path, dtype: str) -> LoadedModel:
     return load_model(
-        path,
+        open_checkpoint(path),
         dtype=dtype,
         kv_dtype="auto",
         device="cpu",

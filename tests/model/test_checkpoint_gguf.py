@@ -16,8 +16,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from pagestream.model.checkpoint import check_tensors, open_checkpoint
 from pagestream.model.errors import ModelError, UnsupportedModelError
+from pagestream.model.gguf_file import open_gguf
 from pagestream.model.kv_cache import KVCache
-from pagestream.model.linear import QuantizedLinear
+from pagestream.model.linear import QuantizedLinear, pack_matrices
 from pagestream.model.runner import Runner
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.model.weights import build_weights, expected_tensors
@@ -143,7 +144,7 @@ def test_reads_what_was_written(tmp_path: Path, quant: GgmlType, model_type: str
         expected = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(source, kind), kind).copy())
         assert torch.equal(checkpoint.read(name), expected)
         if name in checkpoint.group_bits:  # kept quantised: the same numbers, in the same rows
-            groups = QuantizedLinear([checkpoint.read_groups(name)], None, torch.float32)
+            groups = QuantizedLinear(pack_matrices([checkpoint.read_groups(name)]), None, torch.float32)
             assert torch.equal(groups.lookup(torch.arange(len(expected))), expected)
     matrices = {name for name, shape in checkpoint.tensors.items() if len(shape) == 2}
     assert checkpoint.group_bits.keys() == (matrices if quant.name in ("Q4_0", "Q4_1", "Q8_0") else set())
@@ -286,3 +287,22 @@ def test_split_files_say_how_to_join(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra={"split.count": 2})
     with pytest.raises(ModelError, match="gguf-split --merge"):
         open_checkpoint(path)
+
+
+def test_the_tokenizer_comes_from_the_file_as_it_was_opened(default_model_path: Path, tmp_path: Path) -> None:
+    """One reading serves weights and tokenizer: the file may be gone by then."""
+    path = tmp_path / "linked.gguf"
+    path.symlink_to(default_model_path)
+    checkpoint = open_checkpoint(path)
+    path.unlink()
+    ours = checkpoint.load_tokenizer()
+    assert ours.vocab_size == checkpoint.config.vocab_size
+    for text in ("Why is the sky blue?", "naïve 東京 🌹 1815"):
+        assert ours.decode(ours.encode(text, add_special_tokens=False)) == text
+
+
+def test_metadata_is_what_the_package_reads(default_model_path: Path) -> None:
+    """Lists are read by our own code: strings, integers and floats, against the package's."""
+    ours, theirs = open_gguf(default_model_path).fields, gguf.GGUFReader(default_model_path).fields
+    assert {key: field.contents() for key, field in ours.items()} == {k: f.contents() for k, f in theirs.items()}
+    assert any(isinstance(field.contents(), list) for field in ours.values())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.loader import load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 
@@ -22,7 +23,7 @@ def test_greedy_answers_are_as_likely_as_the_likeliest(
     tiny_model_path: Path, device: str, dtype: str, tolerance: float
 ) -> None:
     loaded = load_model(
-        tiny_model_path,
+        open_checkpoint(tiny_model_path),
         dtype=dtype,
         kv_dtype="auto",
         device=device,

@@ -12,6 +12,7 @@ import transformers
 
 from pagestream.model import loader
 from pagestream.model.batch import build_batch
+from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.errors import ModelError, NotEnoughMemoryError
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
@@ -44,7 +45,7 @@ def load(folder: Path, **changes: Any) -> LoadedModel:
         "token_budget": 64,
         "kv_memory": None,
     }
-    return load_model(folder, **(arguments | changes))
+    return load_model(open_checkpoint(folder), **(arguments | changes))
 
 
 def test_loads_reports_and_answers_as_transformers(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from gguf import GGUFReader
 
 from pagestream.model.batch import build_batch
 from pagestream.model.checkpoint import open_checkpoint
-from pagestream.model.linear import DenseLinear, QuantizedLinear
+from pagestream.model.linear import DenseLinear, QuantizedLinear, pack_matrices
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.quantization import Groups, choose_bits, quantize
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def looked_up(groups: Groups) -> torch.Tensor:
-    return QuantizedLinear([groups], None, torch.float32).lookup(torch.arange(len(groups.codes)))
+    return QuantizedLinear(pack_matrices([groups]), None, torch.float32).lookup(torch.arange(len(groups.codes)))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -58,7 +58,7 @@ def test_parts_of_different_bits_are_one_linear() -> None:
     matrices = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (24, 8, 8)]
     groups = [quantize(matrix, bits) for matrix, bits in zip(matrices, (4, 4, 8), strict=True)]
     bias, rows = torch.randn(40), torch.randn(3, 64)
-    linear = QuantizedLinear(groups, bias, torch.float32)
+    linear = QuantizedLinear(pack_matrices(groups), bias, torch.float32)
     exact = DenseLinear(torch.cat([looked_up(g) for g in groups]), bias)(rows)
     assert (linear(rows) - exact).abs().max() < 0.02 * exact.abs().max()
     many = torch.randn(200, 64)
@@ -75,9 +75,9 @@ def test_the_default_models_tensors_are_repacked_exactly(default_model_path: Pat
         assert torch.equal(looked_up(checkpoint.read_groups(name)), checkpoint.read(name))
 
 
-def load(path: Path, dtype: str) -> LoadedModel:
+def load(path: Path, dtype: str, cache_dir: Path | None = None) -> LoadedModel:
     return load_model(
-        path,
+        open_checkpoint(path),
         dtype=dtype,
         kv_dtype="fp32",
         device="cpu",
@@ -85,6 +85,7 @@ def load(path: Path, dtype: str) -> LoadedModel:
         max_context=512,
         token_budget=512,
         kv_memory=32 << 20,
+        cache_dir=cache_dir,
     )
 
 
@@ -116,3 +117,11 @@ def test_perplexity_stays_that_of_the_same_weights_in_fp32(default_model_path: P
         assert abs(mean_loss(quantized) - mean_loss(exact)) < 0.02
         assert (quantized.argmax(-1) == exact.argmax(-1)).float().mean() > 0.93
     assert loaded.plan.weights_bytes < 100e6
+
+
+def test_a_start_from_packed_weights_gives_the_same_logits(default_model_path: Path, tmp_path: Path) -> None:
+    tokens = torch.arange(1000, 1040).tolist()
+    uncached = logits(load(default_model_path, "int4"), tokens, chunk=20)
+    for _ in range(2):  # packs and keeps; maps what was kept
+        assert torch.equal(logits(load(default_model_path, "int4", tmp_path), tokens, chunk=20), uncached)
+    assert len(list((tmp_path / "packed").iterdir())) == 1
