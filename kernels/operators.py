@@ -208,7 +208,7 @@ def plan_attention(
 def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, *, out: Tensor) -> None:  # noqa: A002
     """`out` [M, N] = `input` [M, K] times the transpose of a weight [N, K] packed as in packing.py (8-bit: no mins).
 
-    The input is rounded to integers, symmetric, for each row and group of 32: x = s * q, s = max |x| / 127. A group's
+    The input is rounded to integers, symmetric, for each row and span of 256: x = s * q, s = max |x| / 2039. A group's
     dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
     beside it; a NaN in a row makes the row NaN. `input` and `out` share one of float32, bfloat16, float16.
     Raises ValueError for a wrong dtype, device, layout or shape.

@@ -20,7 +20,9 @@ from torch.nn import functional
 
 GROUP = 32
 BLOCK = 16
-SMALLEST = 1e-30  # a group of an input that stays below it counts as zeros
+SPAN = 256  # inputs that share a scale when a row is rounded
+_STEPS = 2039  # 16 * 127 + 7: the largest integer that is 16 times a signed byte plus 4 signed bits, in both signs
+_SMALLEST = 1e-30  # a span that stays below it counts as zeros
 _QUADS = GROUP // 4
 
 
@@ -57,6 +59,20 @@ def unpack_rows(codes: Tensor, scales: Tensor, mins: Tensor | None, rows: Tensor
         unpacked = torch.cat((bytes_ & 15, bytes_ >> 4), dim=2)
         weights = scale * unpacked.flatten(2) + mins[block, :, lane, None].float()
     return weights.flatten(1)
+
+
+def round_input(rows: Tensor) -> Tensor:
+    """Float32 rows [M, K] as `quantized_linear` sees them: per row and span of 256 a scale, max |x| / 2039, times
+    integers.
+    """
+    return torch.cat([_round_span(span) for span in rows.split(SPAN, dim=1)], 1)
+
+
+def _round_span(span: Tensor) -> Tensor:
+    largest = span.abs().amax(1, keepdim=True)
+    steps = torch.full_like(largest, _STEPS) / largest  # _STEPS / largest would multiply by a rounded reciprocal
+    integers = torch.round(span * torch.where(largest < _SMALLEST, 0, steps))
+    return integers * torch.where(largest < _SMALLEST, 0, largest / _STEPS)
 
 
 def packed_bytes(outputs: int, inputs: int, bits: int) -> int:

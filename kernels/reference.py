@@ -94,12 +94,7 @@ def paged_attention(
 def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) -> None:  # noqa: A002
     rows = torch.arange(out.shape[1], device=out.device)
     weight = packing.unpack_rows(codes, scales, mins, rows)  # float32 [N, K]
-    groups = torch.unflatten(input.float(), 1, (-1, packing.GROUP))  # [M, G, 32]
-    largest = groups.abs().amax(-1, keepdim=True)
-    steps = torch.full_like(largest, 127) / largest  # 127 / largest would multiply by a rounded reciprocal
-    rounded = torch.round(groups * torch.where(largest < packing.SMALLEST, 0, steps))
-    quantized = rounded * torch.where(largest < packing.SMALLEST, 0, largest / 127)
-    out.copy_((quantized.flatten(1).double() @ weight.double().T).to(out.dtype))
+    out.copy_((packing.round_input(input.float()).double() @ weight.double().T).to(out.dtype))
 
 
 def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, context: int, num_heads: int) -> Tensor:

@@ -6,6 +6,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "linear_params.h"
 #include "plan.h"
 #include "store_kv.h"
@@ -16,7 +21,7 @@ extern const pagestream::AttentionKernel pagestream_attention_baseline;
 extern const pagestream::LinearKernel pagestream_linear_baseline;
 #if defined(__x86_64__)
 extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512;
-extern const pagestream::LinearKernel pagestream_linear_avx2, pagestream_linear_vnni;
+extern const pagestream::LinearKernel pagestream_linear_avx2, pagestream_linear_vnni, pagestream_linear_amx;
 #endif
 }
 
@@ -52,6 +57,17 @@ bool has_vnni() {
 #endif
 }
 
+// The kernel hands out the 8 KB of tile registers to a process that asks.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_vnni() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Kernels {
   const AttentionKernel* attention;
   const LinearKernel* linear;
@@ -60,6 +76,7 @@ struct Kernels {
 // What runs on `isa`: for each operator the best build it allows. None where this machine does not have it.
 std::optional<Kernels> kernels_named(const std::string& isa) {
 #if defined(__x86_64__)
+  if (isa == "amx" && has_amx()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_amx};
   if (isa == "vnni" && has_vnni()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_vnni};
   if (isa == "avx512" && has_avx512()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_avx2};
   if (isa == "avx2" && has_avx2()) return Kernels{&pagestream_attention_avx2, &pagestream_linear_avx2};
@@ -153,13 +170,11 @@ void quantized_linear(const Tensor input, const Tensor codes, const Tensor scale
   const LinearKernel& kernel = *selected.linear;
   LinearParams p = make_params(input, codes, scales, mins, out);
   const int64_t groups = p.rows * p.weight.groups;
-  thread_local std::vector<float> quantized;  // only grows
-  if (quantized.size() < groups * (3 + pagestream::kGroup / sizeof(float)))
-    quantized.resize(groups * (3 + pagestream::kGroup / sizeof(float)));
-  p.x_scales = quantized.data();
-  p.x_offsets = p.x_scales + groups;
-  p.x_sums = reinterpret_cast<int32_t*>(p.x_offsets + groups);
-  p.x = reinterpret_cast<int8_t*>(p.x_sums + groups);
+  const int64_t spans = p.rows * ((p.weight.groups + pagestream::kSpanGroups - 1) / pagestream::kSpanGroups);
+  float* buffer = thread_buffer(groups * (pagestream::kGroupBytes / sizeof(float) + 1) + spans);
+  p.x = reinterpret_cast<int8_t*>(buffer);
+  p.x_sums = buffer + groups * pagestream::kGroupBytes / sizeof(float);
+  p.x_scales = p.x_sums + groups;
   constexpr int64_t kGroupsPerThread = 2048, kProductsPerThread = 1 << 17;  // less is not worth waking a thread for
   torch::stable::parallel_for(0, p.rows, kGroupsPerThread / p.weight.groups + 1,
                               [&](int64_t begin, int64_t end) { kernel.quantize(p, begin, end); });

@@ -1,36 +1,59 @@
 // Linear layers whose weights stay 4- or 8-bit in memory. Built once per instruction set: PAGESTREAM_ISA names the
 // exported table.
 //
-// The input becomes 8-bit integers with one scale per row and group of 32. A group's dot product is exact in 32-bit
-// integers; groups are added in float32 in their order. So a row's bits depend on nothing but the row, and all
-// instruction sets with fused multiply-add agree.
+// The input becomes 12-bit integers with one scale per row and span of 256. A weight is scale * code + min with its
+// group's scale and min, so a span of an output is
+//     x_scale * (sum over groups of min * sum(x), then of scale * dot(codes, x))
+// with sums and dot products of integers exact, and groups, then spans, added in float32 in their order. So a row's
+// bits depend on nothing but the row, and all instruction sets with fused multiply-add agree.
 #include "linear_block.h"
+#if defined(__AMX_INT8__)
+#include "linear_amx.h"
+#endif
 
 namespace {
 
 constexpr int kMaxRows = kLanes == 16 ? 8 : 4;  // that share a group of unpacked weights in registers
-constexpr float kSmallest = 1e-30f;             // a group of the input below it counts as zeros
+#ifndef AHEAD
+#define AHEAD 4096
+#endif
+constexpr int kAhead = AHEAD;
+constexpr float kSteps = 2039;                  // the largest 16 * 127 + 7 that has both signs in two bytes
+constexpr float kSmallest = 1e-30f;             // a span of the input below it counts as zeros
 
 template <int kBits, int kRows>
 void run_rows(const LinearParams& p, int64_t block, int64_t row) {
   const PackedWeight& weight = p.weight;
+  const int64_t spans = count_spans(weight.groups);
+  const int8_t* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = integers(p, row + r, 0);
+  const int64_t x_stride = tile_height(p) * kGroupBytes;
   float results[kRows * kBlockOutputs];
   for (int lane = 0; lane < kBlockOutputs; lane += kLanes) {
-    Float acc[kRows]{};
-    for (int64_t g = 0; g < weight.groups; ++g) {
-      const int64_t group = block * weight.groups + g, at = group * kBlockOutputs + lane;
-      Bytes quads[kQuads];
-      unpack<kBits>(weight.codes + group * kCodeBytes<kBits> + lane * 4, quads);
-      const Float scale = load_scale(weight.scales, at), min = kBits == 8 ? Float{} : load_scale(weight.mins, at);
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t x_group = (row + r) * weight.groups + g;
-        const int8_t* x = p.x + x_group * kGroup;
-        Int dot = start_dot<kBits>(p.x_sums[x_group]);
-        for (int q = 0; q < kQuads; ++q) dot = dot4<kBits>(dot, quads[q], broadcast_quad(x + 4 * q));
-        acc[r] = add_group<kBits>(acc[r], dot, p.x_scales[x_group], p.x_offsets[x_group], scale, min);
+    Float total[kRows]{};
+    for (int64_t span = 0; span < spans; ++span) {
+      const int64_t begin = span * kSpanGroups;
+      const int64_t end = begin + kSpanGroups < weight.groups ? begin + kSpanGroups : weight.groups;
+      Float acc[kRows]{};
+      for (int64_t g = begin; g < end; ++g) {
+        const Float min = load_min<kBits>(weight, (block * weight.groups + g) * kBlockOutputs + lane);
+        for (int r = 0; r < kRows; ++r) acc[r] = fma(broadcast(p.x_sums[(row + r) * weight.groups + g]), min, acc[r]);
       }
+      for (int64_t g = begin; g < end; ++g) {
+        const int64_t group = block * weight.groups + g;
+        for (int at = 0; at < kCodeBytes<kBits>; at += 64)
+          __builtin_prefetch(weight.codes + group * kCodeBytes<kBits> + at + kAhead);
+        Bytes quads[kQuads];
+        unpack<kBits>(weight.codes + group * kCodeBytes<kBits> + lane * 4, quads);
+        const Float scale = load_scale(weight, group * kBlockOutputs + lane);
+        for (int r = 0; r < kRows; ++r) {
+          const Int dot = dot_group<kBits>(quads, x[r] + g * x_stride);
+          acc[r] = fma(__builtin_convertvector(dot, Float), scale, acc[r]);
+        }
+      }
+      for (int r = 0; r < kRows; ++r) total[r] = fma(acc[r], broadcast(p.x_scales[(row + r) * spans + span]), total[r]);
     }
-    for (int r = 0; r < kRows; ++r) store(results + r * kBlockOutputs + lane, acc[r]);
+    for (int r = 0; r < kRows; ++r) store(results + r * kBlockOutputs + lane, total[r]);
   }
   write(p, block, row, kRows, results);
 }
@@ -41,16 +64,23 @@ void run_block(const LinearParams& p, int64_t block, int64_t row) {
   if constexpr (kRows > 1) run_block<kBits, kRows / 2>(p, block, row);
 }
 
-void run(const LinearParams& p, int64_t begin, int64_t end) {
-  for (int64_t block = begin; block < end; ++block)
-    p.weight.mins == nullptr ? run_block<8>(p, block, 0) : run_block<4>(p, block, 0);
+template <int kBits>
+void run_blocks(const LinearParams& p, int64_t begin, int64_t end) {
+#if defined(__AMX_INT8__)
+  if (p.rows >= kFewestTileRows) return run_tiles<kBits>(p, begin, end);
+#endif
+  for (int64_t block = begin; block < end; ++block) run_block<kBits>(p, block, 0);
 }
 
-// NaN if the group holds one: as integers NaNs are above everything.
+void run(const LinearParams& p, int64_t begin, int64_t end) {
+  p.weight.mins == nullptr ? run_blocks<8>(p, begin, end) : run_blocks<4>(p, begin, end);
+}
+
+// NaN if there is one: as integers NaNs are above everything.
 template <typename T>
-float largest_magnitude(const T* x) {
+float largest_magnitude(const T* x, int64_t count) {
   Int largest{};
-  for (int i = 0; i < kGroup; i += kLanes) {
+  for (int64_t i = 0; i < count; i += kLanes) {
     const Int magnitude = (Int)load_wide(x + i) & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
   }
@@ -59,27 +89,37 @@ float largest_magnitude(const T* x) {
   return from_bits(static_cast<uint32_t>(bits));
 }
 
+// A group of the input times `inverse`, rounded, to `to`: coarse and fine bytes. The sum of the integers.
 template <typename T>
-void quantize_rows(const LinearParams& p, int64_t begin, int64_t end) {
+float round_group(const T* from, float inverse, int8_t* to) {
   typedef int8_t Codes __attribute__((vector_size(kLanes)));
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded value in the low bits
-  const int64_t groups = p.weight.groups;
-  for (int64_t group = begin * groups; group < end * groups; ++group) {
-    const T* from = static_cast<const T*>(p.input) + group / groups * p.input_stride + group % groups * kGroup;
-    const float largest = largest_magnitude(from);
-    const float inverse = largest < kSmallest ? 0 : 127.0f / largest;
-    Int total{};
-    for (int i = 0; i < kGroup; i += kLanes) {
-      const Int rounded = (Int)(load_wide(from + i) * inverse + kRound) - static_cast<int32_t>(bits_of(kRound));
-      const Codes codes = __builtin_convertvector(rounded, Codes);
-      memcpy(p.x + group * kGroup + i, &codes, sizeof codes);
-      total += rounded;
+  Int total{};
+  for (int i = 0; i < kGroup; i += kLanes) {
+    const Int rounded = (Int)(load_wide(from + i) * inverse + kRound) - static_cast<int32_t>(bits_of(kRound));
+    const Int coarse = (rounded + (1 << (kFineBits - 1))) >> kFineBits;
+    const Codes upper = __builtin_convertvector(coarse, Codes);
+    const Codes lower = __builtin_convertvector(rounded - (coarse << kFineBits), Codes);
+    memcpy(to + i, &upper, sizeof upper);
+    memcpy(to + i + kFine, &lower, sizeof lower);
+    total += rounded;
+  }
+  return sum(__builtin_convertvector(total, Float));
+}
+
+template <typename T>
+void quantize_rows(const LinearParams& p, int64_t begin, int64_t end) {
+  const int64_t groups = p.weight.groups, spans = count_spans(groups);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* from = static_cast<const T*>(p.input) + row * p.input_stride;
+    for (int64_t span = 0; span < spans; ++span) {
+      const int64_t first = span * kSpanGroups, last = first + kSpanGroups < groups ? first + kSpanGroups : groups;
+      const float largest = largest_magnitude(from + first * kGroup, (last - first) * kGroup);
+      const float inverse = largest < kSmallest ? 0 : kSteps / largest;
+      p.x_scales[row * spans + span] = largest < kSmallest ? 0 : largest / kSteps;
+      for (int64_t g = first; g < last; ++g)
+        p.x_sums[row * groups + g] = round_group(from + g * kGroup, inverse, integers(p, row, g));
     }
-    int32_t sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
-    p.x_sums[group] = sum;
-    p.x_scales[group] = largest < kSmallest ? 0 : largest / 127.0f;
-    p.x_offsets[group] = p.x_scales[group] * static_cast<float>(sum);
   }
 }
 

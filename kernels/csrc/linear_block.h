@@ -1,4 +1,4 @@
-// The parts of linear.cpp: a block of weights unpacked, a group added to an output, outputs written.
+// The parts of linear.cpp: a block of weights unpacked, scales, outputs written.
 #pragma once
 
 #include "dot.h"
@@ -9,7 +9,9 @@ namespace {
 using pagestream::DType;
 using pagestream::kBlockOutputs;
 using pagestream::kGroup;
-using pagestream::kQuads;
+using pagestream::kGroupBytes;
+using pagestream::kSpanGroups;
+using pagestream::kTileRows;
 using pagestream::LinearParams;
 using pagestream::PackedWeight;
 
@@ -17,6 +19,16 @@ constexpr int kQuadBytes = kBlockOutputs * 4;  // four inputs of every output of
 
 template <int kBits>
 constexpr int kCodeBytes = kBlockOutputs * kGroup * kBits / 8;  // one group of a block
+
+inline int64_t count_spans(int64_t groups) { return (groups + kSpanGroups - 1) / kSpanGroups; }
+
+inline int64_t tile_height(const LinearParams& p) { return p.rows < kTileRows ? p.rows : kTileRows; }
+
+// The integers of a row's group.
+inline int8_t* integers(const LinearParams& p, int64_t row, int64_t group) {
+  const int64_t height = tile_height(p);
+  return p.x + ((row / height * p.weight.groups + group) * height + row % height) * kGroupBytes;
+}
 
 // One byte for each code of a group, for kLanes outputs from `codes` on.
 template <int kBits>
@@ -32,16 +44,15 @@ inline void unpack(const uint8_t* codes, Bytes (&quads)[kQuads]) {
   }
 }
 
-// The dot product of integers under both scales.
-template <int kBits>
-inline Float add_group(Float acc, Int dot, float x_scale, float x_offset, Float scale, Float min) {
-  acc = fma(__builtin_convertvector(dot, Float) * x_scale, scale, acc);
-  return kBits == 8 ? acc : fma(broadcast(x_offset), min, acc);
+inline Float load_scale(const PackedWeight& weight, int64_t at) {
+  return load_wide(reinterpret_cast<const Float16*>(weight.scales) + at);
 }
 
-// Scales or offsets of a block, float16 in memory.
-inline Float load_scale(const uint16_t* scales, int64_t at) {
-  return load_wide(reinterpret_cast<const Float16*>(scales) + at);
+// What a weight with code 0 is.
+template <int kBits>
+inline Float load_min(const PackedWeight& weight, int64_t at) {
+  if constexpr (kBits == 8) return load_scale(weight, at) * -128.0f;
+  return load_wide(reinterpret_cast<const Float16*>(weight.mins) + at);
 }
 
 template <typename T>

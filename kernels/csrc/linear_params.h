@@ -1,18 +1,20 @@
-// What the quantised linear kernels receive. Layouts are described in operators.py; sizes below are per block.
+// What the quantised linear kernels receive. Layouts are described in packing.py; sizes below are per block.
 #pragma once
 
 #include "params.h"
 
 namespace pagestream {
 
-constexpr int kGroup = 32;          // inputs that share a scale
-constexpr int kBlockOutputs = 16;   // outputs that are stored together
-constexpr int kQuads = kGroup / 4;  // an integer dot instruction takes four inputs
+constexpr int kGroup = 32;         // inputs that share a scale of the weight
+constexpr int kBlockOutputs = 16;  // outputs that are stored together
+constexpr int kSpanGroups = 8;     // groups that share a scale of the input
+constexpr int kGroupBytes = 64;    // of a row of the input as integers
+constexpr int kTileRows = 16;      // rows whose integers are stored together
 
 struct PackedWeight {
   const uint8_t* codes;    // [blocks, groups, 512 or 256]
   const uint16_t* scales;  // float16 [blocks, groups, 16]
-  const uint16_t* mins;    // likewise; null for 8-bit codes, which are symmetric
+  const uint16_t* mins;    // likewise; null for 8-bit codes, where it is -128 scales
   int64_t groups;          // inputs / 32
 };
 
@@ -23,11 +25,10 @@ struct LinearParams {
   int64_t input_stride, out_stride;
   int64_t rows, outputs;  // M, N
   DType dtype;            // of input and out
-  // The input as 8-bit integers, written by quantize() and read by run().
-  int8_t* x;         // [M, K]
-  float* x_scales;   // [M, groups]
-  float* x_offsets;  // [M, groups]: scale times sum of the integers
-  int32_t* x_sums;   // [M, groups]: sum of the integers
+  // The input as 12-bit integers, written by quantize() and read by run(). Rows come in tiles of h = min(M, 16).
+  int8_t* x;        // [ceil(M / h), groups, h, 2, 32]: upper 8 and lower 4 bits, both signed; aligned to 64 bytes
+  float* x_sums;    // [M, groups]: sum of the integers
+  float* x_scales;  // [M, spans], spans = ceil(groups / 8)
 };
 
 // One build of linear.cpp for one instruction set.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagestream.kernels import build, packing, quantized_linear, reference
 
-ISAS = ("vnni", "avx2", "baseline")  # the builds of linear.cpp
+ISAS = ("amx", "vnni", "avx2", "baseline")  # the builds of linear.cpp
 Weight = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K], scales and mins [N, K / 32]
 
 
@@ -41,11 +41,13 @@ def values(weight: Weight) -> Tensor:
 
 
 def rounded(rows: Tensor) -> Tensor:
-    """float64 [M, K]: each group of 32 as float32 scale times integer."""
-    groups = rows.float().unflatten(1, (-1, 32))
-    largest = groups.abs().amax(-1, keepdim=True)
-    steps = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0)
-    return (torch.round(groups * steps).double() * (largest / 127).double()).flatten(1)
+    """float64 [M, K]: each span of 256 as float32 scale times integer."""
+    spans = []
+    for span in rows.float().split(256, dim=1):
+        largest = span.abs().amax(-1, keepdim=True)
+        steps = torch.where(largest > 0, torch.full_like(largest, 2039) / largest, 0)
+        spans.append(torch.round(span * steps).double() * (largest / 2039).double())
+    return torch.cat(spans, 1)
 
 
 def multiply(rows: Tensor, weight: Weight) -> Tensor:
@@ -79,7 +81,7 @@ def test_equals_the_definition(isa: str, bits: int, rows: int, outputs: int, inp
 @pytest.mark.parametrize("bits", [4, 8])
 def test_extreme_codes_do_not_saturate(isa: str, bits: int) -> None:
     """All codes at an end and all inputs at full scale: the largest sums that can occur."""
-    x = torch.ones(2, 64) * torch.tensor([[127.0], [-127.0]])
+    x = torch.ones(9, 64) * torch.tensor(2039.0).mul(torch.tensor([1.0, -1.0]).repeat(5)[:9, None])
     for code in (0, 2**bits - 1):
         codes = torch.full((16, 64), code, dtype=torch.uint8)
         scales, mins = torch.ones(16, 2).half(), torch.full((16, 2), -3.0).half()
