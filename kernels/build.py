@@ -2,7 +2,7 @@
 `python -m pagestream.kernels.build`. One library: it holds the CUDA kernels too where there is a CUDA device and nvcc,
 or with `--cuda`, and then still loads on a machine without either. The only place that reads the environment:
 
-PAGESTREAM_CPU_ISA: auto (default), vnni, avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
+PAGESTREAM_CPU_ISA: auto (default), amx, vnni, avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
 """
 
@@ -37,10 +37,11 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 _VNNI = (*_AVX512, "-mavx512vnni")
+_AMX = (*_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 # Flags of every build of a source. What an instruction set runs is the best of them: kernels_named in bindings.cpp.
 _Builds = Mapping[str, Mapping[str, tuple[str, ...]]]
 _X86_BUILDS: _Builds = {
-    "attention": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+    "attention": {"amx": _AMX, "avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
     "linear": {"vnni": _VNNI, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
 _OTHER_BUILDS: _Builds = {"attention": {"baseline": ()}, "linear": {"baseline": ()}}
@@ -83,7 +84,7 @@ def _builds() -> _Builds:
 
 def _isas() -> tuple[str, ...]:
     """Best first; each has what the next one has."""
-    return ("vnni", "avx512", "avx2", "baseline") if _is_x86() else ("baseline",)
+    return ("amx", "vnni", "avx512", "avx2", "baseline") if _is_x86() else ("baseline",)
 
 
 def nvcc() -> str | None:
