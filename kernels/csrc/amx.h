@@ -25,6 +25,9 @@ inline bool may_use_amx() {
 }
 
 #if defined(__AMX_TILE__)
+// The intrinsics of GCC do not say that tile loads read memory: without this, stores could move behind them.
+inline void finish_stores() { asm volatile("" ::: "memory"); }
+
 // The shapes of the eight tile registers, in effect in this thread while the object lives. A tile has at most 16 rows
 // of 64 bytes. Released at the end: whoever else computes in this thread (oneDNN) brings a configuration of its own.
 class Tiles {
@@ -44,6 +47,7 @@ class Tiles {
       config.bytes_per_row[i] = shapes[i].bytes_per_row;
       config.rows[i] = shapes[i].rows;
     }
+    finish_stores();
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
