@@ -37,11 +37,11 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 _VNNI = (*_AVX512, "-mavx512vnni")
-_AMX = (*_VNNI, "-mamx-tile", "-mamx-int8")
+_AMX = (*_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 # Flags of every build of a source. What an instruction set runs is the best of them: kernels_named in bindings.cpp.
 _Builds = Mapping[str, Mapping[str, tuple[str, ...]]]
 _X86_BUILDS: _Builds = {
-    "attention": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+    "attention": {"amx": _AMX, "avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
     "linear": {"amx": _AMX, "vnni": _VNNI, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
 _OTHER_BUILDS: _Builds = {"attention": {"baseline": ()}, "linear": {"baseline": ()}}

@@ -4,26 +4,12 @@
 // once, scores = Q K^T, online softmax, O += P V. Every 256 keys are one split with its own softmax state; splits
 // are merged in order, here or, for a block that threads share, in finish().
 #include "gemm.h"
-#include "kv_tile.h"
-#include "softmax.h"
+#include "rows.h"
+#if defined(__AMX_BF16__)
+#include "tiles.h"
+#endif
 
 namespace {
-
-using pagestream::DType;
-using pagestream::kMaxRowsPerBlock;
-using pagestream::kTilesPerSplit;
-using pagestream::Segment;
-
-constexpr int kSinkTokens = 4;
-constexpr int kRecentTokens = 64;
-constexpr int kStats = 5;
-
-inline int min(int a, int b) { return a < b ? a : b; }
-inline int max(int a, int b) { return a > b ? a : b; }
-inline int group_size(const AttentionParams& p) { return p.num_heads / p.num_kv_heads; }
-inline int padded_head(const AttentionParams& p) { return (p.head_size + kLanes - 1) / kLanes * kLanes; }
-
-int64_t partial_floats(const AttentionParams& p) { return padded_head(p) + int64_t{sizeof(Softmax) / sizeof(float)}; }
 
 struct Scratch {
   float *keys, *values, *query, *scores, *part_out, *total_out;
@@ -44,27 +30,12 @@ struct Scratch {
 };
 
 int64_t scratch_floats(const AttentionParams& p) {
+#if defined(__AMX_BF16__)
+  if (fits_tiles(p)) return TileScratch(p, nullptr).floats();
+#endif
   const int64_t rows = max(kMaxRowsPerBlock, group_size(p)), width = padded_head(p);
   return 2 * width * kTile + rows * (3 * width + kTile + 2 * int64_t{sizeof(Softmax) / sizeof(float)});
 }
-
-// Row r of a block is query head r % group of position r / group.
-struct Row {
-  int position, visible_begin;
-  int64_t token, head;
-
-  Row(const AttentionParams& p, const Segment& s, int r) {
-    const int group = group_size(p), i = r / group;
-    position = s.first_position + i;
-    visible_begin = p.window > 0 ? max(0, position - p.window + 1) : 0;
-    token = s.first_row + i;
-    head = int64_t{s.kv_head} * group + r % group;
-  }
-
-  float* page_masses(const AttentionParams& p) const {
-    return p.page_masses + (token * p.num_heads + head) * p.max_pages;
-  }
-};
 
 // The scores of one row and tile become weights 2^(s - m); the state takes them in. Keys outside [lo, hi) of the tile
 // get weight 0. Returns the factor by which the row's output so far must shrink.
@@ -108,32 +79,11 @@ void close_pages(const AttentionParams& p, const Row& row, int begin, int end, f
 // The sums over the sets of positions that statistics name. `weights` belong to the keys from `begin` on.
 void add_masses(const AttentionParams& p, const Row& row, const float* weights, int split_begin, int begin, int lo,
                 int hi, float factor, Softmax& state) {
-  for (int j = lo; begin + j < min(kSinkTokens, begin + hi); ++j) state.sink += weights[j];
-  for (int j = max(lo, row.position - kRecentTokens + 1 - begin); j < hi; ++j) state.recent += weights[j];
+  add_sink_and_recent(row, weights, begin, lo, hi, state);
   if (p.page_masses == nullptr) return;
   float* masses = row.page_masses(p);
   for (int page = split_begin / p.page_size; page * p.page_size < begin; ++page) masses[page] *= factor;
   for (int j = 0; j < hi; j += kLanes) masses[(begin + j) / p.page_size] += sum(load(weights + j));
-}
-
-template <typename T>
-void write_row(T* out, const float* o, float l, int head_size) {
-  for (int d = 0; d < head_size; ++d) from_float(o[d] / l, out[d]);
-}
-
-void finish_row(const AttentionParams& p, const Row& row, const Softmax& state, const float* o) {
-  const int64_t at = row.token * p.out_token_stride + row.head * p.out_head_stride;
-  switch (p.query_dtype) {
-    case DType::kFloat32: write_row(static_cast<float*>(p.out) + at, o, state.l, p.head_size); break;
-    case DType::kBFloat16: write_row(static_cast<BFloat16*>(p.out) + at, o, state.l, p.head_size); break;
-    case DType::kFloat16: write_row(static_cast<Float16*>(p.out) + at, o, state.l, p.head_size); break;
-  }
-  if (p.stats != nullptr) state.read_out(p.stats + (row.token * p.num_heads + row.head) * kStats);
-  if (p.page_masses == nullptr) return;
-  float* masses = row.page_masses(p);
-  const int first = row.visible_begin / p.page_size, last = row.position / p.page_size;
-  for (int page = 0; page < p.max_pages; ++page)
-    masses[page] = page < first || page > last ? 0 : exp2(masses[page] - state.log2_sum());
 }
 
 template <typename T>
@@ -149,13 +99,6 @@ void load_query(const AttentionParams& p, const Row& row, float* to) {
     case DType::kBFloat16: return read_row(static_cast<const BFloat16*>(p.query) + at, factor, to, p.head_size);
     case DType::kFloat16: return read_row(static_cast<const Float16*>(p.query) + at, factor, to, p.head_size);
   }
-}
-
-template <typename T>
-PagedRows<T> paged_rows(const AttentionParams& p, const Segment& s, const void* cache, int64_t page_stride,
-                        int64_t head_stride) {
-  return {static_cast<const T*>(cache) + s.kv_head * head_stride, p.block_tables + s.sequence * p.block_table_stride,
-          page_stride, __builtin_ctz(p.page_size), p.head_size};
 }
 
 // part_out (+)= weights x values of the tile. Few rows widen the values in registers; many share a widened tile. Either
@@ -236,8 +179,17 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
 }
 
 void run(const AttentionParams& p, const Segment* segments, int64_t count, float* memory, float* workspace) {
-  const Scratch scratch(p, memory);
   const bool with_stats = p.stats != nullptr || p.page_masses != nullptr;
+#if defined(__AMX_BF16__)
+  if (fits_tiles(p)) {
+    const TileScratch scratch(p, memory);
+    const Tiles tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
+    const auto run_one = with_stats ? run_tiles<true> : run_tiles<false>;
+    for (int64_t i = 0; i < count; ++i) run_one(p, segments[i], scratch, workspace);
+    return;
+  }
+#endif
+  const Scratch scratch(p, memory);
   using Run = void (*)(const AttentionParams&, const Segment&, const Scratch&, float*);
   constexpr Run kRun[3][2] = {{run_segment<float, false>, run_segment<float, true>},
                               {run_segment<BFloat16, false>, run_segment<BFloat16, true>},
@@ -246,18 +198,17 @@ void run(const AttentionParams& p, const Segment* segments, int64_t count, float
   for (int64_t i = 0; i < count; ++i) run_one(p, segments[i], scratch, workspace);
 }
 
-void finish(const AttentionParams& p, const Segment& block, float* memory, const float* workspace) {
-  const Scratch scratch(p, memory);
+void finish(const AttentionParams& p, const Segment& block, float* total_out, const float* workspace) {
   const int rows = block.num_positions * group_size(p), width = padded_head(p);
   const int splits = (block.tile_end - 1) / kTilesPerSplit - block.tile_begin / kTilesPerSplit + 1;
   for (int r = 0; r < rows; ++r) {
     Softmax total;
-    memset(scratch.total_out, 0, sizeof(float) * width);
+    memset(total_out, 0, sizeof(float) * width);
     for (int64_t split = 0; split < splits; ++split) {
       const float* slot = workspace + block.workspace_offset + (split * rows + r) * partial_floats(p);
-      merge(total, scratch.total_out, *reinterpret_cast<const Softmax*>(slot + width), slot, width);
+      merge(total, total_out, *reinterpret_cast<const Softmax*>(slot + width), slot, width);
     }
-    finish_row(p, Row(p, block, r), total, scratch.total_out);
+    finish_row(p, Row(p, block, r), total, total_out);
   }
 }
 

@@ -6,11 +6,7 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#include "amx.h"
 #include "linear_params.h"
 #include "plan.h"
 #include "store_kv.h"
@@ -20,7 +16,7 @@ extern "C" {
 extern const pagestream::AttentionKernel pagestream_attention_baseline;
 extern const pagestream::LinearKernel pagestream_linear_baseline;
 #if defined(__x86_64__)
-extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512;
+extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512, pagestream_attention_amx;
 extern const pagestream::LinearKernel pagestream_linear_avx2, pagestream_linear_vnni, pagestream_linear_amx;
 #endif
 }
@@ -57,12 +53,9 @@ bool has_vnni() {
 #endif
 }
 
-// The kernel hands out the 8 KB of tile registers to a process that asks.
 bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return has_vnni() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#if defined(__x86_64__)
+  return has_vnni() && __builtin_cpu_supports("avx512bf16") && may_use_amx();
 #else
   return false;
 #endif
@@ -76,7 +69,7 @@ struct Kernels {
 // What runs on `isa`: for each operator the best build it allows. None where this machine does not have it.
 std::optional<Kernels> kernels_named(const std::string& isa) {
 #if defined(__x86_64__)
-  if (isa == "amx" && has_amx()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_amx};
+  if (isa == "amx" && has_amx()) return Kernels{&pagestream_attention_amx, &pagestream_linear_amx};
   if (isa == "vnni" && has_vnni()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_vnni};
   if (isa == "avx512" && has_avx512()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_avx2};
   if (isa == "avx2" && has_avx2()) return Kernels{&pagestream_attention_avx2, &pagestream_linear_avx2};

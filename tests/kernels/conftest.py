@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pagestream.kernels import build, paged_attention, reference
 
-ISAS = ("avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512", "avx2", "baseline")
 STATS = ("lse", "entropy", "p_max", "sink", "recent")
 
 
