@@ -3,6 +3,7 @@
 // where the first multiplies the coarse bytes by 16 times the codes.
 #pragma once
 
+#include "amx.h"
 #include "linear_block.h"
 
 namespace {
@@ -33,12 +34,6 @@ template <int kSum, int kX, int kCodes>
 inline void multiply_tiles() {
   __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kX), "i"(kCodes));
 }
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 struct alignas(64) Scratch {
   uint8_t codes[kPair][kSpanGroups][kTileBytes];
@@ -185,19 +180,18 @@ void run_pair(const LinearParams& p, const int64_t (&blocks)[kPair], int64_t beg
 
 template <int kBits>
 void run_tiles(const LinearParams& p, int64_t begin, int64_t end) {
-  TileConfig config;
+  Tiles::Shape shapes[8];
   for (int tile = 0; tile < 8; ++tile) {
     const bool codes = tile >= 6, x = tile >= 4 && !codes;
-    config.rows[tile] = codes ? (kBits == 4 ? 2 * kQuads : kQuads) : static_cast<uint8_t>(tile_height(p));
-    config.row_bytes[tile] = x && kBits == 8 ? kGroupBytes / 2 : kGroupBytes;
+    shapes[tile].rows = static_cast<uint8_t>(codes ? (kBits == 4 ? 2 * kQuads : kQuads) : tile_height(p));
+    shapes[tile].bytes_per_row = x && kBits == 8 ? kGroupBytes / 2 : kGroupBytes;
   }
-  __asm__ volatile("ldtilecfg %0" : : "m"(config));
+  const Tiles tiles(shapes);
   Scratch scratch;
   for (int64_t row = 0; row < p.rows; row += kChunkRows)
     for (int64_t block = begin; block < end; block += kPair)  // the last of an odd number is its own partner
       run_pair<kBits>(p, {block, block + 1 < end ? block + 1 : block}, row,
                       row + kChunkRows < p.rows ? row + kChunkRows : p.rows, scratch);
-  __asm__ volatile("tilerelease");
 }
 
 }  // namespace
