@@ -65,7 +65,7 @@ def round_input(rows: Tensor) -> Tensor:
     """Float32 rows [M, K] as `quantized_linear` sees them: per row and span of 256 a scale, max |x| / 2039, times
     integers.
     """
-    return torch.cat([_round_span(span) for span in rows.split(SPAN, dim=1)], 1)
+    return torch.cat([_round_span(span) for span in torch.split(rows, SPAN, dim=1)], 1)
 
 
 def _round_span(span: Tensor) -> Tensor:

@@ -162,11 +162,13 @@ void quantized_linear(const Tensor input, const Tensor codes, const Tensor scale
                       const Tensor out) {
   const LinearKernel& kernel = *selected.linear;
   LinearParams p = make_params(input, codes, scales, mins, out);
-  const int64_t groups = p.rows * p.weight.groups;
-  const int64_t spans = p.rows * ((p.weight.groups + pagestream::kSpanGroups - 1) / pagestream::kSpanGroups);
-  float* buffer = thread_buffer(groups * (pagestream::kGroupBytes / sizeof(float) + 1) + spans);
+  const int64_t height = p.rows < pagestream::kTileRows ? p.rows : pagestream::kTileRows;
+  const int64_t rows = height == 0 ? 0 : (p.rows + height - 1) / height * height;
+  const int64_t groups = rows * p.weight.groups, group_floats = pagestream::kGroupBytes / sizeof(float);
+  const int64_t spans = (p.weight.groups + pagestream::kSpanGroups - 1) / pagestream::kSpanGroups;
+  float* buffer = thread_buffer(groups * (group_floats + 1) + rows * spans);
   p.x = reinterpret_cast<int8_t*>(buffer);
-  p.x_sums = buffer + groups * pagestream::kGroupBytes / sizeof(float);
+  p.x_sums = buffer + groups * group_floats;
   p.x_scales = p.x_sums + groups;
   constexpr int64_t kGroupsPerThread = 2048, kProductsPerThread = 1 << 17;  // less is not worth waking a thread for
   torch::stable::parallel_for(0, p.rows, kGroupsPerThread / p.weight.groups + 1,

@@ -14,10 +14,6 @@
 namespace {
 
 constexpr int kMaxRows = kLanes == 16 ? 8 : 4;  // that share a group of unpacked weights in registers
-#ifndef AHEAD
-#define AHEAD 4096
-#endif
-constexpr int kAhead = AHEAD;
 constexpr float kSteps = 2039;                  // the largest 16 * 127 + 7 that has both signs in two bytes
 constexpr float kSmallest = 1e-30f;             // a span of the input below it counts as zeros
 
@@ -25,9 +21,9 @@ template <int kBits, int kRows>
 void run_rows(const LinearParams& p, int64_t block, int64_t row) {
   const PackedWeight& weight = p.weight;
   const int64_t spans = count_spans(weight.groups);
-  const int8_t* x[kRows];
-  for (int r = 0; r < kRows; ++r) x[r] = integers(p, row + r, 0);
-  const int64_t x_stride = tile_height(p) * kGroupBytes;
+  const int64_t height = tile_height(p);
+  int64_t at[kRows];  // a group further in is `height` further on
+  for (int r = 0; r < kRows; ++r) at[r] = tiled(p, row + r, 0, weight.groups);
   float results[kRows * kBlockOutputs];
   for (int lane = 0; lane < kBlockOutputs; lane += kLanes) {
     Float total[kRows]{};
@@ -37,21 +33,21 @@ void run_rows(const LinearParams& p, int64_t block, int64_t row) {
       Float acc[kRows]{};
       for (int64_t g = begin; g < end; ++g) {
         const Float min = load_min<kBits>(weight, (block * weight.groups + g) * kBlockOutputs + lane);
-        for (int r = 0; r < kRows; ++r) acc[r] = fma(broadcast(p.x_sums[(row + r) * weight.groups + g]), min, acc[r]);
+        for (int r = 0; r < kRows; ++r) acc[r] = fma(broadcast(p.x_sums[at[r] + g * height]), min, acc[r]);
       }
       for (int64_t g = begin; g < end; ++g) {
         const int64_t group = block * weight.groups + g;
-        for (int at = 0; at < kCodeBytes<kBits>; at += 64)
-          __builtin_prefetch(weight.codes + group * kCodeBytes<kBits> + at + kAhead);
+        const uint8_t* codes = weight.codes + group * kCodeBytes<kBits>;
+        prefetch<kBits>(codes);
         Bytes quads[kQuads];
-        unpack<kBits>(weight.codes + group * kCodeBytes<kBits> + lane * 4, quads);
+        unpack<kBits>(codes + lane * 4, quads);
         const Float scale = load_scale(weight, group * kBlockOutputs + lane);
         for (int r = 0; r < kRows; ++r) {
-          const Int dot = dot_group<kBits>(quads, x[r] + g * x_stride);
+          const Int dot = dot_group<kBits>(quads, p.x + (at[r] + g * height) * kGroupBytes);
           acc[r] = fma(__builtin_convertvector(dot, Float), scale, acc[r]);
         }
       }
-      for (int r = 0; r < kRows; ++r) total[r] = fma(acc[r], broadcast(p.x_scales[(row + r) * spans + span]), total[r]);
+      for (int r = 0; r < kRows; ++r) total[r] = fma(acc[r], broadcast(p.x_scales[tiled(p, row + r, span, spans)]), total[r]);
     }
     for (int r = 0; r < kRows; ++r) store(results + r * kBlockOutputs + lane, total[r]);
   }
@@ -116,9 +112,11 @@ void quantize_rows(const LinearParams& p, int64_t begin, int64_t end) {
       const int64_t first = span * kSpanGroups, last = first + kSpanGroups < groups ? first + kSpanGroups : groups;
       const float largest = largest_magnitude(from + first * kGroup, (last - first) * kGroup);
       const float inverse = largest < kSmallest ? 0 : kSteps / largest;
-      p.x_scales[row * spans + span] = largest < kSmallest ? 0 : largest / kSteps;
-      for (int64_t g = first; g < last; ++g)
-        p.x_sums[row * groups + g] = round_group(from + g * kGroup, inverse, integers(p, row, g));
+      p.x_scales[tiled(p, row, span, spans)] = largest < kSmallest ? 0 : largest / kSteps;
+      for (int64_t g = first; g < last; ++g) {
+        const int64_t to = tiled(p, row, g, groups);
+        p.x_sums[to] = round_group(from + g * kGroup, inverse, p.x + to * kGroupBytes);
+      }
     }
   }
 }

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kFewestTileRows = 6;
+constexpr int kFewestTileRows = 9;  // fewer are faster one by one
 constexpr int kTileBytes = 1024, kTileInts = 256;
 constexpr int kPair = 2;         // blocks that share a tile of the input
 constexpr int kChunkRows = 128;  // that share an unpacked span of a pair
@@ -38,7 +38,7 @@ inline void multiply_tiles() {
 struct alignas(64) Scratch {
   uint8_t codes[kPair][kSpanGroups][kTileBytes];
   float scales[kPair][kSpanGroups][kBlockOutputs], mins[kPair][kSpanGroups][kBlockOutputs];
-  int32_t dots[kSpanGroups][2][kPair][kTileInts];  // coarse and fine apart for 8 bits
+  int32_t dots[2 * kSpanGroups][kPair][kTileInts];  // [groups], or [groups, coarse and fine] for 8 bits
   float totals[kPair][kChunkRows][kBlockOutputs];
 };
 
@@ -68,98 +68,89 @@ template <int kBits>
 void unpack_span(const PackedWeight& weight, int64_t block, int64_t begin, int64_t count, int half, Scratch& scratch) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t group = block * weight.groups + begin + i;
+    prefetch<kBits>(weight.codes + group * kCodeBytes<kBits>);
     unpack_tile<kBits>(weight.codes + group * kCodeBytes<kBits>, scratch.codes[half][i]);
     store(scratch.scales[half][i], load_scale(weight, group * kBlockOutputs));
     store(scratch.mins[half][i], load_min<kBits>(weight, group * kBlockOutputs));
   }
 }
 
-// One tile of the input by those of both blocks; what the registers held two calls before is written.
+// One tile of the input by those of both blocks.
 template <int kTurn>
-inline void multiply_pair(const int8_t* x, int64_t stride, const Scratch& scratch, int64_t group, int32_t* before) {
+inline void multiply_pair(const int8_t* x, const uint8_t* codes) {
   constexpr int kSum = 2 * kTurn, kX = 4 + kTurn;
-  if (before != nullptr) {
-    store_tile<kSum>(before, kQuadBytes);
-    store_tile<kSum + 1>(before + kTileInts, kQuadBytes);
-  }
   zero_tile<kSum>();
   zero_tile<kSum + 1>();
-  load_tile<kX>(x, stride);
-  load_tile<6>(scratch.codes[0][group], kQuadBytes);
+  load_tile<kX>(x, kGroupBytes);
+  load_tile<6>(codes, kQuadBytes);
   multiply_tiles<kSum, kX, 6>();
-  load_tile<7>(scratch.codes[1][group], kQuadBytes);
+  load_tile<7>(codes + kSpanGroups * kTileBytes, kQuadBytes);
   multiply_tiles<kSum + 1, kX, 7>();
 }
 
-// Dot products of a span.
+template <int kTurn>
+inline void store_pair(int32_t (&dots)[kPair][kTileInts]) {
+  store_tile<2 * kTurn>(dots[0], kQuadBytes);
+  store_tile<2 * kTurn + 1>(dots[1], kQuadBytes);
+}
+
+// Dot products of a span. A product is written two steps later: the next two are under way by then.
 template <int kBits>
 void multiply_span(const int8_t* x, int64_t height, int64_t groups, Scratch& scratch) {
-  const int64_t stride = kGroupBytes, step = height * kGroupBytes;
-  if constexpr (kBits == 8) {
-    for (int64_t i = 0; i < groups; ++i) {
-      multiply_pair<0>(x + i * step, stride, scratch, i, i == 0 ? nullptr : scratch.dots[i - 1][0][0]);
-      multiply_pair<1>(x + i * step + kFine, stride, scratch, i, i == 0 ? nullptr : scratch.dots[i - 1][1][0]);
-    }
-    store_tile<0>(scratch.dots[groups - 1][0][0], kQuadBytes);
-    store_tile<1>(scratch.dots[groups - 1][0][1], kQuadBytes);
-    store_tile<2>(scratch.dots[groups - 1][1][0], kQuadBytes);
-    store_tile<3>(scratch.dots[groups - 1][1][1], kQuadBytes);
-  } else {
-    int64_t i = 0;
-    for (; i + 1 < groups; i += 2) {
-      multiply_pair<0>(x + i * step, stride, scratch, i, i == 0 ? nullptr : scratch.dots[i - 2][0][0]);
-      multiply_pair<1>(x + (i + 1) * step, stride, scratch, i + 1, i == 0 ? nullptr : scratch.dots[i - 1][0][0]);
-    }
-    if (i < groups) multiply_pair<0>(x + i * step, stride, scratch, i, i == 0 ? nullptr : scratch.dots[i - 2][0][0]);
-    const int64_t even = (groups - 1) / 2 * 2, odd = groups / 2 * 2 - 1;
-    store_tile<0>(scratch.dots[even][0][0], kQuadBytes);
-    store_tile<1>(scratch.dots[even][0][1], kQuadBytes);
-    if (odd < 0) return;
-    store_tile<2>(scratch.dots[odd][0][0], kQuadBytes);
-    store_tile<3>(scratch.dots[odd][0][1], kQuadBytes);
+  const auto x_at = [&](int64_t step) {
+    return kBits == 4 ? x + step * height * kGroupBytes : x + step / 2 * height * kGroupBytes + step % 2 * kFine;
+  };
+  const auto codes_at = [&](int64_t step) { return scratch.codes[0][kBits == 4 ? step : step / 2]; };
+  const int64_t steps = kBits == 4 ? groups : 2 * groups;
+  for (int64_t step = 0; step < steps + 2; step += 2) {
+    if (step > 0) store_pair<0>(scratch.dots[step - 2]);
+    if (step < steps) multiply_pair<0>(x_at(step), codes_at(step));
+    if (step > 0 && step - 1 < steps) store_pair<1>(scratch.dots[step - 1]);
+    if (step + 1 < steps) multiply_pair<1>(x_at(step + 1), codes_at(step + 1));
   }
 }
 
-// Rows [row, row + kRows) of the input, `at` rows into the tile and `to` rows into the chunk.
+// Adds a span to the totals of rows of one tile.
 template <int kBits, int kRows>
-inline void scale_rows(const LinearParams& p, int64_t span, int64_t groups, int64_t row, int64_t at, int64_t to,
-                       Scratch& scratch) {
-  const int64_t all = p.weight.groups, spans = count_spans(all);
-  const float* sums = p.x_sums + row * all + span * kSpanGroups;
+inline void scale_rows(const LinearParams& p, int64_t span, int64_t groups, int64_t row, float* totals,
+                       const Scratch& scratch) {
+  constexpr int kDots = kPair * kTileInts * (kBits == 4 ? 1 : 2);  // of a group
+  const int64_t height = tile_height(p), spans = count_spans(p.weight.groups);
+  const float* sums = p.x_sums + tiled(p, row, span * kSpanGroups, p.weight.groups);
+  const float* x_scales = p.x_scales + tiled(p, row, span, spans);
+  const int32_t* dots = scratch.dots[0][0] + row % height * kBlockOutputs;
   Float acc[kPair][kRows]{};
   for (int64_t i = 0; i < groups; ++i) {
     for (int r = 0; r < kRows; ++r) {
-      const Float sum = broadcast(sums[r * all + i]);
+      const Float sum = broadcast(sums[i * height + r]);
       for (int half = 0; half < kPair; ++half) acc[half][r] = fma(sum, load(scratch.mins[half][i]), acc[half][r]);
     }
   }
-  for (int64_t i = 0; i < groups; ++i) {
+  for (int64_t i = 0; i < groups; ++i, dots += kDots) {
     for (int half = 0; half < kPair; ++half) {
       const Float scale = load(scratch.scales[half][i]);
       for (int r = 0; r < kRows; ++r) {
-        Int dot = load_ints(scratch.dots[i][0][half] + (at + r) * kBlockOutputs);
-        if constexpr (kBits == 8) {
-          dot = (dot << kFineBits) + load_ints(scratch.dots[i][1][half] + (at + r) * kBlockOutputs);
-        }
+        const int32_t* at = dots + half * kTileInts + r * kBlockOutputs;
+        Int dot = load_ints(at);
+        if constexpr (kBits == 8) dot = (dot << kFineBits) + load_ints(at + kPair * kTileInts);
         acc[half][r] = fma(__builtin_convertvector(dot, Float), scale, acc[half][r]);
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    const Float x_scale = broadcast(p.x_scales[(row + r) * spans + span]);
     for (int half = 0; half < kPair; ++half) {
-      float* total = scratch.totals[half][to + r];
-      store(total, fma(acc[half][r], x_scale, span == 0 ? Float{} : load(total)));
+      float* total = totals + (half * kChunkRows + r) * kBlockOutputs;
+      store(total, fma(acc[half][r], broadcast(x_scales[r]), span == 0 ? Float{} : load(total)));
     }
   }
 }
 
 template <int kBits, int kRows = 8>
-void scale_tile(const LinearParams& p, int64_t span, int64_t groups, int64_t row, int64_t end, int64_t at, int64_t to,
-                Scratch& scratch) {
-  for (; end - row >= kRows; row += kRows, at += kRows, to += kRows)
-    scale_rows<kBits, kRows>(p, span, groups, row, at, to, scratch);
-  if constexpr (kRows > 1) scale_tile<kBits, kRows / 2>(p, span, groups, row, end, at, to, scratch);
+void scale_tile(const LinearParams& p, int64_t span, int64_t groups, int64_t row, int64_t end, float* totals,
+                const Scratch& scratch) {
+  for (; end - row >= kRows; row += kRows, totals += kRows * kBlockOutputs)
+    scale_rows<kBits, kRows>(p, span, groups, row, totals, scratch);
+  if constexpr (kRows > 1) scale_tile<kBits, kRows / 2>(p, span, groups, row, end, totals, scratch);
 }
 
 // Two blocks of outputs for the rows [begin, end): spans outside, so that one is unpacked at a time.
@@ -170,8 +161,9 @@ void run_pair(const LinearParams& p, const int64_t (&blocks)[kPair], int64_t beg
     const int64_t first = span * kSpanGroups, groups = first + kSpanGroups < all ? kSpanGroups : all - first;
     for (int half = 0; half < kPair; ++half) unpack_span<kBits>(p.weight, blocks[half], first, groups, half, scratch);
     for (int64_t row = begin; row < end; row += height) {
-      multiply_span<kBits>(integers(p, row, first), height, groups, scratch);
-      scale_tile<kBits>(p, span, groups, row, row + height < end ? row + height : end, 0, row - begin, scratch);
+      multiply_span<kBits>(p.x + tiled(p, row, first, all) * kGroupBytes, height, groups, scratch);
+      scale_tile<kBits>(p, span, groups, row, row + height < end ? row + height : end, scratch.totals[0][row - begin],
+                        scratch);
     }
   }
   for (int half = 0; half < kPair; ++half)

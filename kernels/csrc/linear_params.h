@@ -25,10 +25,11 @@ struct LinearParams {
   int64_t input_stride, out_stride;
   int64_t rows, outputs;  // M, N
   DType dtype;            // of input and out
-  // The input as 12-bit integers, written by quantize() and read by run(). Rows come in tiles of h = min(M, 16).
-  int8_t* x;        // [ceil(M / h), groups, h, 2, 32]: upper 8 and lower 4 bits, both signed; aligned to 64 bytes
-  float* x_sums;    // [M, groups]: sum of the integers
-  float* x_scales;  // [M, spans], spans = ceil(groups / 8)
+  // The input as 12-bit integers, written by quantize() and read by run(). Rows come in T tiles of h:
+  // h = min(M, 16), T = ceil(M / h).
+  int8_t* x;        // [T, groups, h, 2, 32]: upper 8 and lower 4 bits, both signed; aligned to 64 bytes
+  float* x_sums;    // [T, groups, h]: sum of the integers
+  float* x_scales;  // [T, spans, h], spans = ceil(groups / 8)
 };
 
 // One build of linear.cpp for one instruction set.

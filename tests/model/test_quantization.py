@@ -112,7 +112,7 @@ def test_perplexity_stays_that_of_the_same_weights_in_fp32(default_model_path: P
 
     loaded = load(default_model_path, "int4")
     exact = logits(load(default_model_path, "fp32"), tokens, 399)
-    for chunk in (64, 399):  # 8-bit integers, and where the machine has AMX bf16
+    for chunk in (64, 399):
         quantized = logits(loaded, tokens, chunk)
         assert abs(mean_loss(quantized) - mean_loss(exact)) < 0.02
         assert (quantized.argmax(-1) == exact.argmax(-1)).float().mean() > 0.93
