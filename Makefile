@@ -42,6 +42,7 @@ wheel-check: setup  ## install the wheel into an empty environment and run the d
 
 bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
 	@$(BIN)/python benchmarks/decode.py
+	@$(BIN)/python benchmarks/step_share.py
 	@$(BIN)/python -m pagestream.kernels.bench
 
 # Uses the python3 it finds, not .venv: machines with a GPU bring their own torch, which must not be replaced.
