@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pagestream.model.batch import build_batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
@@ -23,12 +21,9 @@ class Runner:
         self._cache = cache
         self._device = weights.norm.device
 
-    def step(self, plan: StepPlan, when_ready: Callable[[], None] = lambda: None) -> StepResult:
-        """Calls `when_ready` right before the network, which leaves the interpreter to other threads. Raises
-        NonFiniteLogitsError, naming the request, where the network returns no usable distribution.
-        """
+    def step(self, plan: StepPlan) -> StepResult:
+        """Raises NonFiniteLogitsError, naming the request, where the network returns no usable distribution."""
         batch = build_batch(plan, self._cache.page_size, self._device)
-        when_ready()
         logits = self._network.logits(batch, self._cache)
         tokens = iter(sample(logits, [chunk for chunk in plan.chunks if chunk.samples]))
         return StepResult(tuple(next(tokens) if chunk.samples else None for chunk in plan.chunks))

@@ -148,7 +148,7 @@ def _penalise(scores: torch.Tensor, chunk: Chunk) -> None:
         penalty = params.repetition_penalty
         scores[tokens] = torch.where(seen > 0, seen / penalty, seen * penalty)
     if params.presence_penalty or params.frequency_penalty:
-        used, counts = tokens[chunk.num_prompt_tokens :].unique(return_counts=True)
+        used, counts = torch.unique(tokens[chunk.num_prompt_tokens :], return_counts=True)
         scores[used] -= params.frequency_penalty * counts + params.presence_penalty
 
 

@@ -40,7 +40,7 @@ MAX_FAILED_STEPS = 3  # so many steps in a row in which every request fails mean
 class Runner(Protocol):
     """What the engine needs of model.runner.Runner."""
 
-    def step(self, plan: StepPlan, when_ready: Callable[[], None]) -> StepResult: ...
+    def step(self, plan: StepPlan) -> StepResult: ...
 
 
 class Engine:
@@ -184,7 +184,7 @@ class Engine:
         """Runs the step. If it fails, runs each chunk alone, so that only those at fault end in an error: a chunk may
         run twice, because all it leaves behind are the keys and values of its own positions."""
         try:
-            result = self._runner.step(plan, self._flush)
+            result = self._runner.step(plan)
         except Exception as error:
             log.exception("a step of %d requests failed; running each alone", len(plan.chunks))
             result = StepResult(tuple(self._execute_alone(chunk) for chunk in plan.chunks))
@@ -199,7 +199,7 @@ class Engine:
 
     def _execute_alone(self, chunk: Chunk) -> SampledToken | None:
         try:
-            return self._runner.step(StepPlan((chunk,)), self._flush).sampled[0]
+            return self._runner.step(StepPlan((chunk,))).sampled[0]
         except Exception:
             log.exception("request %s failed", chunk.request_id)
             error = EngineFaultError(f"request {chunk.request_id} failed inside the engine")
@@ -248,9 +248,10 @@ class Engine:
 
     def _report(self) -> None:
         """Tells clients, the queue and the metrics how things stand after a step."""
+        publication, self._publication = self._publication, []
+        if publication:
+            self._publish(publication)
         scheduler = self._scheduler
-        if not scheduler.has_work:  # else when the next step's network runs
-            self._flush()
         self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, self._seconds_per_token)
         self._metrics.set_recomputation(scheduler.num_preemptions_total, scheduler.recomputed_tokens_total)
         self._metrics.snapshot = EngineSnapshot(
@@ -265,13 +266,6 @@ class Engine:
             leaked_blocks=self._pool.num_active - scheduler.num_held_blocks,
         )
 
-    def _flush(self) -> None:
-        """Hands over what there is to say. The event loop then needs the interpreter for as long as a step's Python
-        takes, so this is done where the engine's thread is about to leave it to the network."""
-        publication, self._publication = self._publication, []
-        if publication:
-            self._publish(publication)
-
     def _end_all(self, reason: FinishReason, error: Callable[[], RequestError]) -> None:
         """Fails what is left when the thread ends, late arrivals too. Blocks need no freeing: the pool ends as well."""
         self.inbox.refuse(error())
@@ -280,4 +274,4 @@ class Engine:
             self._publication.append((job, job.failed(error())))
             self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
         self._jobs.clear()
-        self._flush()
+        self._publish(self._publication)

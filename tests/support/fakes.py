@@ -63,8 +63,7 @@ class EchoRunner:
         self._begun = 0
         self._allowed = float("inf")
 
-    def step(self, plan: StepPlan, when_ready: Callable[[], None]) -> StepResult:
-        when_ready()
+    def step(self, plan: StepPlan) -> StepResult:
         with self._changed:
             self._begun += 1
             self._changed.notify_all()
