@@ -38,7 +38,7 @@ from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
 
 PROMPT_TOKENS = 128
-NEW_TOKENS = {1: 256, 8: 128, 32: 64}  # by streams
+NEW_TOKENS = {1: 256, 8: 256, 32: 384}  # by streams: the first must not end before the last prompt is read
 PARTS = (  # who calls it under which name, and what it is counted as; the network contains the two before it
     (kernels, "store_kv", "attention"),
     (kernels, "paged_attention", "attention"),
