@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pagestream.model.step import StepPlan
@@ -23,30 +25,42 @@ class Batch:
 
 def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
     """Raises ValueError for a chunk whose blocks do not hold its positions: they would go to another's page."""
-    chunks = plan.chunks
-    lengths = np.array([chunk.length for chunk in chunks])
-    starts = np.array([chunk.start for chunk in chunks])
-    query_starts = np.concatenate(([0], np.cumsum(lengths)))
-    sequences = np.repeat(np.arange(len(chunks)), lengths)
-    positions = np.arange(query_starts[-1]) + (starts - query_starts[:-1])[sequences]
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    query_starts = [0]
+    context_lengths: list[int] = []
+    tables: list[Sequence[int]] = []
+    sampled_rows: list[int] = []
+    for chunk in plan.chunks:
+        end, blocks = chunk.end, chunk.block_ids
+        pages = -(-end // page_size)
+        if len(blocks) < pages:
+            raise ValueError(f"{chunk.request_id}: {len(blocks)} blocks for {end} positions")
+        token_ids += chunk.tokens[chunk.start : end]
+        positions += range(chunk.start, end)
+        for page in range(chunk.start // page_size, pages):
+            first = page * page_size
+            shift = (blocks[page] - page) * page_size
+            slots += range(max(chunk.start, first) + shift, min(end, first + page_size) + shift)
+        query_starts.append(len(positions))
+        context_lengths.append(end)
+        tables.append(blocks[:pages])
+        if chunk.samples:
+            sampled_rows.append(len(positions) - 1)
+    block_tables = np.zeros((len(tables), max(map(len, tables))), np.int32)
+    for row, pages_in_order in enumerate(tables):
+        block_tables[row, : len(pages_in_order)] = pages_in_order
 
-    num_pages = [-(-chunk.end // page_size) for chunk in chunks]
-    block_tables = np.zeros((len(chunks), max(num_pages)), dtype=np.int32)
-    for row, (chunk, pages) in enumerate(zip(chunks, num_pages, strict=True)):
-        if len(chunk.block_ids) < pages:
-            raise ValueError(f"{chunk.request_id}: {len(chunk.block_ids)} blocks for {chunk.end} positions")
-        block_tables[row, :pages] = chunk.block_ids[:pages]
-    pages_of_rows = block_tables[sequences, positions // page_size].astype(np.int64)
-
-    def to_device(array: np.ndarray, dtype: type[np.signedinteger]) -> torch.Tensor:
-        return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
+    def to_device(values: npt.ArrayLike, dtype: type[np.signedinteger]) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, dtype)).to(device)
 
     return Batch(
-        token_ids=to_device(np.concatenate([chunk.tokens[chunk.start : chunk.end] for chunk in chunks]), np.int64),
+        token_ids=to_device(token_ids, np.int64),
         positions=to_device(positions, np.int64),
-        slots=to_device(pages_of_rows * page_size + positions % page_size, np.int64),
+        slots=to_device(slots, np.int64),
         query_starts=to_device(query_starts, np.int32),
-        context_lengths=to_device(starts + lengths, np.int32),
+        context_lengths=to_device(context_lengths, np.int32),
         block_tables=to_device(block_tables, np.int32),
-        sampled_rows=to_device(query_starts[1:][[chunk.samples for chunk in chunks]] - 1, np.int64),
+        sampled_rows=to_device(sampled_rows, np.int64),
     )

@@ -165,7 +165,7 @@ class Engine:
 
     def _step(self) -> None:
         started = self.clock()
-        plan = self._scheduler.plan(self._pace.prompt_tokens(self._scheduler.running))
+        plan = self._scheduler.plan(self._prompt_limit())
         for chunk in plan.chunks:
             job = self._jobs[chunk.request_id]
             if job.first_scheduled is None:
@@ -177,6 +177,13 @@ class Engine:
         self._advance(self._scheduler.commit(plan, result), now)
         self._metrics.observe_step(plan, now - started)
         self._pace.observe(plan, now - started)
+
+    def _prompt_limit(self) -> int | None:
+        """How many prompt tokens the next step may read; not worked out where there are none to read."""
+        running = self._scheduler.running
+        if not self._scheduler.num_waiting and all(request.num_uncomputed == 1 for request in running):
+            return None
+        return self._pace.prompt_tokens(running)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         """Runs the step. If it fails, runs each chunk alone, so that only those at fault end in an error: a chunk may

@@ -1,7 +1,7 @@
 """Recording: the calls with which the engine and the services say what happened.
 
-They add to preallocated arrays, all tokens of a step in one call; collector.py turns the arrays into Prometheus
-families when somebody scrapes. Any thread may record: the engine's does so per step, the event loop per request and
+They add to plain counts, all tokens of a step in one call; collector.py turns them into Prometheus families when
+somebody scrapes. Any thread may record: the engine's does so per step, the event loop per request and
 RPC, the tokeniser pool per prompt. One lock, held for microseconds, keeps counts and sums consistent for the scraper.
 `python -m pagestream.server.metrics` prints the table of README.md.
 """
@@ -12,13 +12,11 @@ import sys
 import threading
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
-
-import numpy as np
-import numpy.typing as npt
 
 from pagestream.model.step import Chunk, StepPlan
 from pagestream.server.events import Timings
@@ -260,7 +258,7 @@ class Metrics:
 
     def _observe(self, name: str, value: float, *labels: str) -> None:
         histogram = self._histograms[name]
-        histogram.add(histogram.rows[labels], value)
+        histogram.add((histogram.rows[labels],), (value,))
 
     def _count(self, name: str, amount: float, *labels: str) -> None:
         series = self._values[name]
@@ -271,9 +269,9 @@ def _is_decode(chunk: Chunk) -> bool:
     return chunk.length == 1 and chunk.start >= chunk.num_prompt_tokens
 
 
-def _ctx_rows(contexts: Sequence[int]) -> npt.NDArray[np.intp]:
+def _ctx_rows(contexts: Sequence[int]) -> list[int]:
     """Index into CTX of each context length."""
-    return np.searchsorted(CONTEXT_EDGES, np.asarray(contexts, np.int64), side="left")
+    return [bisect_left(CONTEXT_EDGES, context) for context in contexts]
 
 
 def _ctx(context: int) -> str:
@@ -281,8 +279,8 @@ def _ctx(context: int) -> str:
 
 
 def _count_by_ctx(contexts: Sequence[int]) -> dict[LabelValues, float]:
-    counts = np.bincount(_ctx_rows(contexts), minlength=len(CTX))
-    return {(ctx,): float(count) for ctx, count in zip(CTX, counts, strict=True)}
+    counts = Counter(map(_ctx, contexts))
+    return {(ctx,): float(counts[ctx]) for ctx in CTX}
 
 
 def _version() -> str:

@@ -75,23 +75,35 @@ class _Fit:
     """Least squares with forgetting, towards 0 where nothing is known, and never a negative cost."""
 
     def __init__(self, size: int) -> None:
-        self._moments = np.zeros((size, size))
-        self._products = np.zeros(size)
-        self.coefficients: npt.NDArray[np.float64] = np.zeros(size)
+        self._moments = np.zeros((size + 1, size + 1))  # of the features, and last the value
+        self._solution: npt.NDArray[np.float64] | None = None
 
     def add(self, features: npt.NDArray[np.float64], value: float) -> None:
-        self._moments = _MEMORY * self._moments + np.outer(features, features)
-        self._products = _MEMORY * self._products + features * value
-        free = np.ones(len(features), dtype=bool)
+        observed = np.append(features, value)
+        self._moments *= _MEMORY
+        self._moments += observed[:, None] * observed
+        self._solution = None
+
+    @property
+    def coefficients(self) -> npt.NDArray[np.float64]:
+        """Solved for when they are asked for: most steps only decode and need no forecast."""
+        if self._solution is None:
+            self._solution = self._solve()
+        return self._solution
+
+    def _solve(self) -> npt.NDArray[np.float64]:
+        size = len(self._moments) - 1
+        free = np.ones(size, dtype=bool)
         while True:  # what would be negative is held at 0, and the rest is fitted again
-            moments = self._moments[np.ix_(free, free)]
+            moments = self._moments[:-1, :-1][np.ix_(free, free)]
             ridge = _RIDGE * max(float(np.trace(moments)), 1e-12) / max(len(moments), 1)
-            solution = np.linalg.solve(moments + ridge * np.eye(len(moments)), self._products[free])
+            solution = np.linalg.solve(moments + ridge * np.eye(len(moments)), self._moments[:-1, -1][free])
             if (solution >= 0).all():
                 break
             free[np.flatnonzero(free)[solution < 0]] = False
-        self.coefficients = np.zeros(len(features))
-        self.coefficients[free] = solution
+        coefficients = np.zeros(size)
+        coefficients[free] = solution
+        return coefficients
 
     def predict(self, features: npt.NDArray[np.float64]) -> float:
         return float(features @ self.coefficients)

@@ -33,11 +33,12 @@ CONFIG = ModelConfig(
     max_position=512,
     rope_theta=10_000.0,
 )
+NEVER_CURSED = {CURSED_TOKEN: -100.0}
 SAMPLINGS = (
     SamplingParams(),
-    SamplingParams(temperature=1.0, seed=1),
-    SamplingParams(temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, seed=2),
-    SamplingParams(temperature=1.3, min_p=0.05, frequency_penalty=0.5, logprobs=2, seed=3),
+    SamplingParams(temperature=1.0, logit_bias=NEVER_CURSED, seed=1),
+    SamplingParams(temperature=0.8, top_k=10, top_p=0.9, repetition_penalty=1.2, logit_bias=NEVER_CURSED, seed=2),
+    SamplingParams(temperature=1.3, min_p=0.05, frequency_penalty=0.5, logit_bias=NEVER_CURSED, logprobs=2, seed=3),
 )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pagestream.model.sampling import NUCLEUS_WIDTH, NonFiniteLogitsError, _draw, filtered_probabilities, sample
+from pagestream.model.sampling import BLOCK, NonFiniteLogitsError, draw, filtered_weights, sample
 from pagestream.model.step import Chunk, SampledToken, SamplingParams
 
 GREEDY = SamplingParams()
@@ -32,6 +33,11 @@ def chunk(sampling: SamplingParams, tokens: list[int] | None = None, num_prompt:
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(0, spread, (rows, vocabulary)).astype(np.float32))
+
+
+def filtered_probabilities(logits: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tensor:
+    weights = filtered_weights(logits, rows)[:, : logits.shape[-1]]
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def choose(logits: torch.Tensor, *chunks: Chunk) -> list[int]:
@@ -50,7 +56,7 @@ params = st.builds(
 @given(st.lists(params, min_size=1, max_size=4), st.integers(0, 1000), st.sampled_from([5, 300, 3000]))
 @settings(max_examples=60, deadline=None)
 def test_filtered_distribution_is_that_of_transformers(rows: list[SamplingParams], seed: int, vocabulary: int) -> None:
-    """Also on flat logits, where top-p must look past its first NUCLEUS_WIDTH tokens."""
+    """Also on flat logits, where top-p must look at all tokens."""
     logits = random_logits(len(rows), vocabulary, seed, spread=(seed % 4) + 0.01)
     ours = filtered_probabilities(logits, rows)
     for row, p in enumerate(rows):
@@ -70,10 +76,12 @@ def test_filtered_distribution_is_that_of_transformers(rows: list[SamplingParams
         torch.testing.assert_close(ours[row][~edge], theirs[~edge], atol=bound, rtol=1e-3 if edge.any() else 1e-4)
 
 
-def test_top_p_sorts_everything_when_the_likeliest_are_not_enough() -> None:
-    flat = torch.linspace(0, 1e-3, 4 * NUCLEUS_WIDTH)[None]
-    kept = int((filtered_probabilities(flat, [replace(WARM, top_p=0.5)]) > 0).sum())
-    assert kept == pytest.approx(2 * NUCLEUS_WIDTH, rel=1e-2)
+@pytest.mark.parametrize("top_p", [0.001, 0.03, 0.5, 0.99])
+def test_the_nucleus_may_be_of_any_width(top_p: float) -> None:
+    flat = torch.linspace(0, 1e-3, 10_000)[None].expand(2, -1)
+    rows = [replace(WARM, top_p=0.0001), replace(WARM, top_p=top_p)]
+    kept = (filtered_probabilities(flat, rows) > 0).sum(dim=-1).tolist()
+    assert kept == pytest.approx([1, top_p * 10_000], rel=1e-2, abs=1)
 
 
 def test_equal_logits_stay_or_go_together() -> None:
@@ -205,9 +213,24 @@ def test_a_row_does_not_depend_on_its_batch(rows: list[SamplingParams], seed: in
 def test_the_ends_of_the_uniform_range_draw_the_outermost_possible_tokens() -> None:
     """Tokens filtered out at either end of the vocabulary must stay out, whatever the total rounds to."""
     for seed in range(100):
-        probabilities = random_logits(1, 1000, seed).softmax(dim=-1)
-        probabilities[:, :3] = probabilities[:, -3:] = 0
-        assert _draw(probabilities.expand(2, -1), [0.0, 1 - 2**-52]).tolist() == [3, 996]
+        weights = random_logits(1, 16 * BLOCK, seed).exp()
+        weights[:, :3] = weights[:, -3:] = 0
+        assert draw(weights.expand(2, -1), [0.0, 1 - 2**-52]) == [3, 16 * BLOCK - 4]
+
+
+@given(st.integers(0, 99), st.floats(0, 1, exclude_max=True), st.floats(0, 1))
+@settings(deadline=None)
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(seed: int, uniform: float, dropped: float) -> None:
+    """Against a running sum over the whole vocabulary."""
+    random = np.random.default_rng(seed)
+    weights = random.random(40 * BLOCK) * (random.random(40 * BLOCK) >= dropped)
+    weights[random.integers(len(weights))] = 1
+    cumulative = weights.astype(np.float32).astype(np.float64).cumsum()
+    (token_id,) = draw(torch.from_numpy(weights.astype(np.float32))[None], [uniform])
+    assert weights[token_id] > 0
+    below = cumulative[token_id - 1] if token_id else 0.0
+    slack = 1e-6 * cumulative[-1]
+    assert below - slack <= uniform * cumulative[-1] <= cumulative[token_id] + slack
 
 
 def test_seed_and_position_each_change_the_draw() -> None:
