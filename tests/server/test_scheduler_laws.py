@@ -1,4 +1,4 @@
-"""The laws of the scheduler over about a million steps: a state machine sends it everything that can happen, in any order.
+"""The laws of the scheduler over about a million steps: a state machine sends it all that can happen, in any order.
 
 A step of the model costs tens of microseconds, so hypothesis draws whole storms of random events beside single ones.
 """
