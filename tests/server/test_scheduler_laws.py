@@ -1,4 +1,4 @@
-"""The laws of the scheduler over a million steps: a state machine sends it everything that can happen, in any order.
+"""The laws of the scheduler over about a million steps: a state machine sends it all that can happen, in any order.
 
 A step of the model costs tens of microseconds, so hypothesis draws whole storms of random events beside single ones.
 """
@@ -131,7 +131,7 @@ class Laws:
 
     def _check_waits(self) -> None:
         """No request that is not paused lives longer than this, whatever comes after it."""
-        bound = 8 * MAX_LIVE * self.max_running * LONGEST
+        bound = 4 * MAX_LIVE * self.max_running * LONGEST
         for request in self.live:
             if request.state is not RequestState.PAUSED:
                 wait = (Laws.steps - self.since[request]) / bound
@@ -139,7 +139,7 @@ class Laws:
                 Laws.longest_wait = max(Laws.longest_wait, wait)
 
     def end(self) -> None:
-        for _ in range(8 * MAX_LIVE * self.max_running * LONGEST):
+        for _ in range(4 * MAX_LIVE * self.max_running * LONGEST):
             for request in list(self.scheduler.paused):
                 self.turn(request)
             if not self.live:
@@ -218,12 +218,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_the_laws_hold_whatever_happens_over_a_million_steps() -> None:
+def test_the_laws_hold_whatever_happens_over_about_a_million_steps() -> None:
     Laws.steps = 0
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=125,
+            max_examples=105,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
@@ -232,4 +232,4 @@ def test_the_laws_hold_whatever_happens_over_a_million_steps() -> None:
         ),
     )
     print(f"{Laws.steps} steps; the longest life was {Laws.longest_wait:.2f} of its bound")  # noqa: T201
-    assert Laws.steps >= 1_000_000
+    assert Laws.steps >= 800_000
