@@ -9,6 +9,7 @@
 #include "linear_params.h"
 #include "plan.h"
 #include "store_kv.h"
+#include "thread_pool.h"
 #include "torch_params.h"
 
 extern "C" {
@@ -26,6 +27,7 @@ using pagestream::AttentionKernel;
 using pagestream::AttentionParams;
 using pagestream::LinearKernel;
 using pagestream::LinearParams;
+using pagestream::parallel_for;
 
 bool has_avx2() {
 #if defined(__x86_64__)
@@ -87,14 +89,15 @@ void paged_attention(const Tensor query, const Tensor key_cache, const Tensor va
   const AttentionKernel& kernel = *selected.attention;
   const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
                                         scale, window, out, stats, page_masses);
-  const pagestream::Plan plan = pagestream::make_plan(p, torch::stable::get_num_threads(), kernel.partial_floats(p));
+  const int64_t threads = torch::stable::get_num_threads();
+  const pagestream::Plan plan = pagestream::make_plan(p, threads, kernel.partial_floats(p));
   std::vector<float> workspace(plan.workspace_floats);
-  torch::stable::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(plan.num_pieces(), 1, threads, [&](int64_t begin, int64_t end) {
     float* scratch = thread_buffer(kernel.scratch_floats(p));
-    const int64_t first = plan.thread_begin[begin], last = plan.thread_begin[end];
+    const int64_t first = plan.piece_begin[begin], last = plan.piece_begin[end];
     kernel.run(p, plan.segments.data() + first, last - first, scratch, workspace.data());
   });
-  torch::stable::parallel_for(0, static_cast<int64_t>(plan.shared.size()), 4, [&](int64_t begin, int64_t end) {
+  parallel_for(static_cast<int64_t>(plan.shared.size()), 4, threads, [&](int64_t begin, int64_t end) {
     float* scratch = thread_buffer(kernel.scratch_floats(p));
     for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch, workspace.data());
   });
@@ -117,8 +120,8 @@ void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
       throw std::invalid_argument("store_kv: slot " + std::to_string(p.slots[i]) + " of token " + std::to_string(i) +
                                   " is outside the cache of " + std::to_string(capacity) + " slots");
   const StoreToken store = store_token_for(dtype_of(rows), dtype_of(cache));
-  constexpr int64_t kTokensPerThread = 64;
-  torch::stable::parallel_for(0, tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kTokensAtOnce = 64;
+  parallel_for(tokens, kTokensAtOnce, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) store(p, token);
   });
 }
@@ -160,12 +163,13 @@ void quantized_linear(const Tensor input, const Tensor codes, const Tensor scale
   p.x_offsets = p.x_scales + groups;
   p.x_sums = reinterpret_cast<int32_t*>(p.x_offsets + groups);
   p.x = reinterpret_cast<int8_t*>(p.x_sums + groups);
-  constexpr int64_t kGroupsPerThread = 2048, kProductsPerThread = 1 << 17;  // less is not worth waking a thread for
-  torch::stable::parallel_for(0, p.rows, kGroupsPerThread / p.weight.groups + 1,
-                              [&](int64_t begin, int64_t end) { kernel.quantize(p, begin, end); });
+  constexpr int64_t kGroupsAtOnce = 1024, kProductsAtOnce = 1 << 16;  // some microseconds: less is not worth sharing
+  const int64_t threads = torch::stable::get_num_threads();
+  parallel_for(p.rows, kGroupsAtOnce / p.weight.groups + 1, threads,
+               [&](int64_t begin, int64_t end) { kernel.quantize(p, begin, end); });
   const int64_t per_block = p.rows * p.weight.groups * pagestream::kGroup * pagestream::kBlockOutputs;
-  torch::stable::parallel_for(0, codes.size(0), kProductsPerThread / (per_block + 1) + 1,
-                              [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
+  parallel_for(codes.size(0), kProductsAtOnce / (per_block + 1) + 1, threads,
+               [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
 }
 
 }  // namespace
