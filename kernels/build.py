@@ -42,8 +42,10 @@ _Builds = Mapping[str, Mapping[str, tuple[str, ...]]]
 _X86_BUILDS: _Builds = {
     "attention": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
     "linear": {"vnni": _VNNI, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+    "rows": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
-_OTHER_BUILDS: _Builds = {"attention": {"baseline": ()}, "linear": {"baseline": ()}}
+_OTHER_BUILDS: _Builds = {source: {"baseline": ()} for source in _X86_BUILDS}
+_PORTABLE = ("thread_pool", "operators", "decoder")
 _CUDA_SOURCES = _SOURCES / "cuda"
 _HEAD_SIZES = (64, 80, 96, 128)
 _CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100f", "120f")  # f: and later ones of the family
@@ -167,7 +169,7 @@ def _cpp_commands(cuda_compiler: str | None) -> dict[str, list[str]]:
         for name, builds in _builds().items()
         for isa, flags in builds.items()
     }
-    commands["thread_pool.o"] = ["-c", str(_SOURCES / "thread_pool.cpp")]
+    commands |= {f"{name}.o": ["-c", str(_SOURCES / f"{name}.cpp")] for name in _PORTABLE}
     torch_headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
     for name in ("bindings", "bindings_cuda")[: 1 if cuda_compiler is None else 2]:
         commands[f"{name}.o"] = [_TORCH_TARGET, *torch_headers, "-c", str(_SOURCES / f"{name}.cpp")]

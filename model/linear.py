@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from pagestream import kernels
+from pagestream.kernels.decoder import Matrix, Part
 from pagestream.kernels.packing import pack, unpack_rows
 from pagestream.model.quantization import Groups
 
@@ -44,31 +45,23 @@ class QuantizedLinear:
     """Matrices in groups, one under the other. Those of equal bits that follow each other are one product."""
 
     def __init__(self, matrices: Sequence[Groups], bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        self._parts = tuple(_Packed(groups) for groups in _join_equal(matrices))
-        self._outputs = sum(part.outputs for part in self._parts)
-        self._bias = bias
+        parts = (Part(*pack(g.codes, g.scales, g.mins), outputs=len(g.codes)) for g in _join_equal(matrices))
+        self.matrix = Matrix(tuple(parts), bias)
+        self._outputs = sum(len(groups.codes) for groups in matrices)
         self._dtype = dtype
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         out = rows.new_empty(len(rows), self._outputs)
         begin = 0
-        for part in self._parts:
-            part.multiply(rows, out[:, begin : begin + part.outputs])
+        for part in self.matrix.parts:
+            columns = out[:, begin : begin + part.outputs]
+            kernels.quantized_linear(rows, part.codes, part.scales, part.mins, out=columns)
             begin += part.outputs
-        return out if self._bias is None else out.add_(self._bias)
+        return out if self.matrix.bias is None else out.add_(self.matrix.bias)
 
     def lookup(self, outputs: torch.Tensor) -> torch.Tensor:
-        (part,) = self._parts
+        (part,) = self.matrix.parts
         return unpack_rows(part.codes, part.scales, part.mins, outputs).to(self._dtype)
-
-
-class _Packed:
-    def __init__(self, groups: Groups) -> None:
-        self.outputs = len(groups.codes)
-        self.codes, self.scales, self.mins = pack(groups.codes, groups.scales, groups.mins)
-
-    def multiply(self, rows: torch.Tensor, out: torch.Tensor) -> None:
-        kernels.quantized_linear(rows, self.codes, self.scales, self.mins, out=out)
 
 
 def _join_equal(matrices: Sequence[Groups]) -> list[Groups]:

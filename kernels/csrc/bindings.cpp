@@ -1,13 +1,12 @@
 // The operators on CPU tensors. With torch_params.h and bindings_cuda.cpp all that knows torch, through its stable ABI:
 // one library serves every torch >= TORCH_TARGET_VERSION. Shapes and types were checked by the Python functions; what
 // only the contents of tensors tell is checked in plan.h.
-#include <cstring>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "linear_params.h"
-#include "plan.h"
+#include "operators.h"
 #include "store_kv.h"
 #include "thread_pool.h"
 #include "torch_params.h"
@@ -15,17 +14,18 @@
 extern "C" {
 extern const pagestream::AttentionKernel pagestream_attention_baseline;
 extern const pagestream::LinearKernel pagestream_linear_baseline;
+extern const pagestream::RowKernel pagestream_rows_baseline;
 #if defined(__x86_64__)
 extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512;
 extern const pagestream::LinearKernel pagestream_linear_avx2, pagestream_linear_vnni;
+extern const pagestream::RowKernel pagestream_rows_avx2, pagestream_rows_avx512;
 #endif
 }
 
 namespace {
 
-using pagestream::AttentionKernel;
 using pagestream::AttentionParams;
-using pagestream::LinearKernel;
+using pagestream::Kernels;
 using pagestream::LinearParams;
 using pagestream::parallel_for;
 
@@ -54,53 +54,32 @@ bool has_vnni() {
 #endif
 }
 
-struct Kernels {
-  const AttentionKernel* attention;
-  const LinearKernel* linear;
-};
-
 // What runs on `isa`: for each operator the best build it allows. None where this machine does not have it.
 std::optional<Kernels> kernels_named(const std::string& isa) {
 #if defined(__x86_64__)
-  if (isa == "vnni" && has_vnni()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_vnni};
-  if (isa == "avx512" && has_avx512()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_avx2};
-  if (isa == "avx2" && has_avx2()) return Kernels{&pagestream_attention_avx2, &pagestream_linear_avx2};
+  if (isa == "vnni" && has_vnni())
+    return Kernels{&pagestream_attention_avx512, &pagestream_linear_vnni, &pagestream_rows_avx512};
+  if (isa == "avx512" && has_avx512())
+    return Kernels{&pagestream_attention_avx512, &pagestream_linear_avx2, &pagestream_rows_avx512};
+  if (isa == "avx2" && has_avx2())
+    return Kernels{&pagestream_attention_avx2, &pagestream_linear_avx2, &pagestream_rows_avx2};
 #endif
-  if (isa == "baseline") return Kernels{&pagestream_attention_baseline, &pagestream_linear_baseline};
+  if (isa == "baseline")
+    return Kernels{&pagestream_attention_baseline, &pagestream_linear_baseline, &pagestream_rows_baseline};
   return std::nullopt;
 }
 
 Kernels selected = {};  // build.py selects right after loading
-
-// A buffer of the calling thread that only grows: no allocation once warm.
-float* thread_buffer(int64_t floats) {
-  constexpr size_t kAlignment = 64 / sizeof(float);
-  thread_local std::vector<float> buffer;
-  if (buffer.size() < floats + kAlignment) buffer.resize(floats + kAlignment);
-  const size_t misaligned = reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float) % kAlignment;
-  return buffer.data() + (kAlignment - misaligned) % kAlignment;
-}
 
 void paged_attention(const Tensor query, const Tensor key_cache, const Tensor value_cache, const Tensor block_tables,
                      const Tensor query_starts, const Tensor context_lengths, double scale, int64_t window,
                      const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses,
                      const std::optional<Tensor> /*workspace*/, const std::optional<Tensor> /*key_scales*/,
                      const std::optional<Tensor> /*value_scales*/) {
-  const AttentionKernel& kernel = *selected.attention;
   const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
                                         scale, window, out, stats, page_masses);
   const int64_t threads = torch::stable::get_num_threads();
-  const pagestream::Plan plan = pagestream::make_plan(p, threads, kernel.partial_floats(p));
-  std::vector<float> workspace(plan.workspace_floats);
-  parallel_for(plan.num_pieces(), 1, threads, [&](int64_t begin, int64_t end) {
-    float* scratch = thread_buffer(kernel.scratch_floats(p));
-    const int64_t first = plan.piece_begin[begin], last = plan.piece_begin[end];
-    kernel.run(p, plan.segments.data() + first, last - first, scratch, workspace.data());
-  });
-  parallel_for(static_cast<int64_t>(plan.shared.size()), 4, threads, [&](int64_t begin, int64_t end) {
-    float* scratch = thread_buffer(kernel.scratch_floats(p));
-    for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch, workspace.data());
-  });
+  attend(*selected.attention, p, make_plan(p, threads, selected.attention->partial_floats(p)), threads);
 }
 
 void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
@@ -151,25 +130,60 @@ LinearParams make_params(const Tensor& input, const Tensor& codes, const Tensor&
   return p;
 }
 
+struct LinearScratch {};
+
 void quantized_linear(const Tensor input, const Tensor codes, const Tensor scales, const std::optional<Tensor> mins,
                       const Tensor out) {
-  const LinearKernel& kernel = *selected.linear;
   LinearParams p = make_params(input, codes, scales, mins, out);
-  const int64_t groups = p.rows * p.weight.groups;
-  thread_local std::vector<float> quantized;  // only grows
-  if (quantized.size() < groups * (3 + pagestream::kGroup / sizeof(float)))
-    quantized.resize(groups * (3 + pagestream::kGroup / sizeof(float)));
-  p.x_scales = quantized.data();
-  p.x_offsets = p.x_scales + groups;
-  p.x_sums = reinterpret_cast<int32_t*>(p.x_offsets + groups);
-  p.x = reinterpret_cast<int8_t*>(p.x_sums + groups);
-  constexpr int64_t kGroupsAtOnce = 1024, kProductsAtOnce = 1 << 16;  // some microseconds: less is not worth sharing
-  const int64_t threads = torch::stable::get_num_threads();
-  parallel_for(p.rows, kGroupsAtOnce / p.weight.groups + 1, threads,
-               [&](int64_t begin, int64_t end) { kernel.quantize(p, begin, end); });
-  const int64_t per_block = p.rows * p.weight.groups * pagestream::kGroup * pagestream::kBlockOutputs;
-  parallel_for(codes.size(0), kProductsAtOnce / (per_block + 1) + 1, threads,
-               [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
+  const int64_t threads = torch::stable::get_num_threads(), groups = p.weight.groups;
+  place_quantized(p, pagestream::thread_buffer<LinearScratch>(pagestream::quantized_bytes(p.rows, groups)));
+  constexpr int64_t kGroupsAtOnce = 256;  // some microseconds: less is not worth sharing
+  parallel_for(p.rows, kGroupsAtOnce / groups + 1, threads,
+               [&](int64_t begin, int64_t end) { selected.linear->quantize(p, begin, end); });
+  multiply(*selected.linear, &p, 1, threads);
+}
+
+template <typename T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+void decode(const Tensor model, double epsilon, double magnitude, const Tensor token_ids, const Tensor positions,
+            const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
+            const Tensor sampled_rows, const Tensor caches, const Tensor logits) {
+  const auto& m = *reinterpret_cast<const pagestream::DecoderModel*>(model.data_ptr());
+  const int64_t element = caches.element_size();
+  pagestream::DecoderStep s = {};
+  s.token_ids = data_of<int64_t>(token_ids);
+  s.positions = data_of<int64_t>(positions);
+  s.slots = data_of<int64_t>(slots);
+  s.sampled_rows = data_of<int64_t>(sampled_rows);
+  s.num_sampled = sampled_rows.size(0);
+  s.logits = static_cast<float*>(logits.data_ptr());
+  s.epsilon = static_cast<float>(epsilon);
+  s.magnitude = static_cast<float>(magnitude);
+  s.cache_layer_bytes = caches.stride(0) * element;
+  AttentionParams& p = s.attention;
+  p.key_cache = caches.data_ptr();
+  p.value_cache = data_of<char>(caches) + caches.stride(3) * element;
+  p.key_page_stride = p.value_page_stride = caches.stride(1);
+  p.key_head_stride = p.value_head_stride = caches.stride(2);
+  p.num_pages = static_cast<int32_t>(caches.size(1));
+  p.page_size = static_cast<int32_t>(caches.size(4));
+  p.cache_dtype = dtype_of(caches);
+  p.query_dtype = pagestream::DType::kFloat32;
+  p.block_tables = data_of<int32_t>(block_tables);
+  p.block_table_stride = block_tables.stride(0);
+  p.max_pages = static_cast<int32_t>(block_tables.size(1));
+  p.query_starts = data_of<int32_t>(query_starts);
+  p.context_lengths = data_of<int32_t>(context_lengths);
+  p.num_sequences = static_cast<int32_t>(context_lengths.size(0));
+  p.num_tokens = static_cast<int32_t>(token_ids.size(0));
+  p.num_heads = static_cast<int32_t>(m.num_heads);
+  p.num_kv_heads = static_cast<int32_t>(m.num_kv_heads);
+  p.head_size = static_cast<int32_t>(m.head_size);
+  p.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(m.head_size)));
+  pagestream::decode(selected, m, s, torch::stable::get_num_threads());
 }
 
 }  // namespace
@@ -178,6 +192,7 @@ STABLE_TORCH_LIBRARY_IMPL(pagestream, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("store_kv", TORCH_BOX(&store_kv));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("decode", TORCH_BOX(&decode));
 }
 
 // 0 when this machine cannot run `isa` (a name of build.py) or the library does not hold it. Not while an operator runs.

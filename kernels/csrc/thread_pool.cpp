@@ -1,5 +1,5 @@
-// A job is a number of ranges that threads take from a counter. The caller takes ranges too and waits for ranges, never
-// for threads: a worker that the system does not run holds nothing up unless it was stopped inside a range.
+// A job is a number of grains that threads take from a counter. The caller takes some too and waits for grains, never
+// for threads: a worker that the system does not run holds nothing up unless it was stopped amid its grains.
 #include "thread_pool.h"
 
 #include <pthread.h>
@@ -48,21 +48,21 @@ bool spin_until(const Ready& ready, Clock::duration limit) {
 
 class ThreadPool {
  public:
-  void run(int64_t ranges, int64_t count, int64_t grain, int64_t threads, Body body, const void* context) {
+  void run(int64_t grains, int64_t count, int64_t grain, int64_t threads, Body body, const void* context) {
     grow(threads - 1);
     count_ = count;
     grain_ = grain;
-    ranges_ = ranges;
+    grains_ = grains;
     body_ = body;
     context_ = context;
     helpers_.store(threads - 1, std::memory_order_relaxed);
-    unfinished_.store(ranges, std::memory_order_relaxed);
-    untaken_.store(ranges);  // publishes all of the above to whoever takes a range
+    unfinished_.store(grains, std::memory_order_relaxed);
+    untaken_.store(grains);  // publishes all of the above to whoever takes some
     if (asleep_.load() > 0) {
       const std::lock_guard<std::mutex> lock(mutex_);  // no worker is between its last look and its sleep
       wake_.notify_all();
     }
-    while (take_one()) {
+    while (take_some()) {
     }
     const auto is_done = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
     while (!spin_until(is_done, kPatience)) sched_yield();
@@ -73,14 +73,17 @@ class ThreadPool {
  private:
   bool has_work() const { return untaken_.load(std::memory_order_relaxed) > 0; }
 
-  // A range that is taken keeps its job in place, so the job is read only after taking one.
-  bool take_one() {
-    if (!has_work()) return false;
-    const int64_t left = untaken_.fetch_sub(1, std::memory_order_acq_rel);
-    if (left <= 0) return false;
-    const int64_t begin = (ranges_ - left) * grain_;
-    body_(context_, begin, std::min(begin + grain_, count_));
-    unfinished_.fetch_sub(1, std::memory_order_release);
+  // An equal part of half of what is left, so that the last ones are small. What is taken keeps its job in place, so
+  // the job is read only afterwards.
+  bool take_some() {
+    int64_t left = untaken_.load(std::memory_order_relaxed), taken;
+    do {
+      if (left <= 0) return false;
+      taken = std::max(int64_t{1}, left / (2 * (helpers_.load(std::memory_order_relaxed) + 1)));
+    } while (!untaken_.compare_exchange_weak(left, left - taken, std::memory_order_acq_rel, std::memory_order_relaxed));
+    const int64_t begin = (grains_ - left) * grain_;
+    body_(context_, begin, std::min(begin + taken * grain_, count_));
+    unfinished_.fetch_sub(taken, std::memory_order_release);
     return true;
   }
 
@@ -100,7 +103,7 @@ class ThreadPool {
     };
     for (;;) {
       if (spin_until(is_wanted, kSpin)) {
-        take_one();
+        take_some();
         continue;
       }
       std::unique_lock<std::mutex> lock(mutex_);
@@ -110,7 +113,7 @@ class ThreadPool {
     }
   }
 
-  int64_t count_ = 0, grain_ = 0, ranges_ = 0, workers_ = 0;
+  int64_t count_ = 0, grain_ = 0, grains_ = 0, workers_ = 0;
   Body body_ = nullptr;
   const void* context_ = nullptr;
   alignas(64) std::atomic<int64_t> untaken_{0};
@@ -138,16 +141,16 @@ ThreadPool& the_pool() {
 }  // namespace
 
 void parallel_for(int64_t count, int64_t grain, int64_t threads, Body body, const void* context) {
-  const int64_t ranges = (count + grain - 1) / grain;
-  if (std::min(ranges, threads) > 1) {
+  const int64_t grains = (count + grain - 1) / grain, most = std::min(grains, threads);
+  if (most > 1) {
     ThreadPool& shared = the_pool();
     if (!shared.in_use.test_and_set(std::memory_order_acquire)) {
-      shared.run(ranges, count, grain, std::min(ranges, threads), body, context);
+      shared.run(grains, count, grain, most, body, context);
       shared.in_use.clear(std::memory_order_release);
       return;
     }
   }
-  for (int64_t begin = 0; begin < count; begin += grain) body(context, begin, std::min(begin + grain, count));
+  if (count > 0) body(context, 0, count);
 }
 
 }  // namespace pagestream

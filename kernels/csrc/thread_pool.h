@@ -8,10 +8,10 @@ namespace pagestream {
 
 using Body = void (*)(const void* context, int64_t begin, int64_t end);
 
-// Calls body for ranges [begin, end) of at most `grain` that cover [0, count) once, on at most `threads` threads, and
-// returns when all are done. Ranges start at multiples of `grain` and are handed out one by one: who is late gets
-// fewer. Which thread runs a range is left open, so results may not depend on it. A call while another one runs, from
-// inside it or from another thread, has no workers. The body may not throw.
+// Calls body for ranges [begin, end) that cover [0, count) once, on at most `threads` threads, and returns when all are
+// done. Ranges start at multiples of `grain`, the least that is worth handing out; they are large at first and smaller
+// towards the end, and who is late gets fewer. Where they begin and who runs them is chance, so results may not depend
+// on it. A call while another one runs, from inside it or from another thread, has no workers. The body may not throw.
 void parallel_for(int64_t count, int64_t grain, int64_t threads, Body body, const void* context);
 
 template <typename F>
