@@ -1,5 +1,5 @@
-"""A whole step of a network whose matrices are quantised, in one call: no Python between layers. CPU only, and only where
-the kernels are compiled; what it must equal is the network of PyTorch operations in the model's network.py.
+"""A whole step of a network whose matrices are quantised, in one call: no Python between layers. CPU only, and only
+where the kernels are compiled; what it must equal is the same network as PyTorch operations over the other operators.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class Decoder:
         return logits
 
     def _check_caches(self, caches: Tensor) -> None:
-        layers, pages, _, _, page_size, _ = caches.shape
+        _, pages, _, _, page_size, _ = caches.shape
         num_kv_heads, head_size = self._cache_heads
         check_shape(("caches", caches, (self._num_layers, pages, num_kv_heads, 2, page_size, head_size)))
         if caches.dtype not in FLOATS or page_size not in PAGE_SIZES:

@@ -39,7 +39,7 @@ void place_quantized(LinearParams& p, char* memory) {
 }
 
 void multiply(const LinearKernel& kernel, const LinearParams* parts, int num_parts, int64_t threads) {
-  constexpr int64_t kProductsAtOnce = 1 << 14;  // a microsecond: less is not worth handing out
+  constexpr int64_t kProductsAtOnce = 1 << 13;  // half a microsecond: less is not worth handing out
   int64_t first[kMaxParts + 1] = {};            // blocks of the parts, counted through
   for (int i = 0; i < num_parts; ++i)
     first[i + 1] = first[i] + (parts[i].outputs + kBlockOutputs - 1) / kBlockOutputs;

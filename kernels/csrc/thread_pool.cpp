@@ -32,18 +32,19 @@ inline void pause() {
 #endif
 }
 
-// Whether `ready` became true within `limit`.
+// Whether `ready` became true within `limit`, more or less: the first look at the clock is late.
 template <typename Ready>
 bool spin_until(const Ready& ready, Clock::duration limit) {
-  constexpr int kChecksPerLook = 64;  // at the clock
-  const Clock::time_point end = Clock::now() + limit;
-  do {
+  constexpr int kChecksPerLook = 64;
+  for (Clock::time_point end{};;) {
     for (int i = 0; i < kChecksPerLook; ++i) {
       if (ready()) return true;
       pause();
     }
-  } while (Clock::now() < end);
-  return false;
+    const Clock::time_point now = Clock::now();
+    if (end == Clock::time_point{}) end = now + limit;
+    if (now >= end) return false;
+  }
 }
 
 class ThreadPool {
