@@ -33,7 +33,7 @@ _TORCH_TARGET = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11: loads in it and in all later ones
 )
 # No fast-math: statistics need NaN, infinity and the order of operations. No automatic fusing: see vec.h.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 _VNNI = (*_AVX512, "-mavx512vnni")
@@ -43,8 +43,10 @@ _Builds = Mapping[str, Mapping[str, tuple[str, ...]]]
 _X86_BUILDS: _Builds = {
     "attention": {"amx": _AMX, "avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
     "linear": {"amx": _AMX, "vnni": _VNNI, "avx2": _AVX2, "baseline": ("-msse4.2",)},
+    "rows": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
-_OTHER_BUILDS: _Builds = {"attention": {"baseline": ()}, "linear": {"baseline": ()}}
+_OTHER_BUILDS: _Builds = {source: {"baseline": ()} for source in _X86_BUILDS}
+_PORTABLE = ("thread_pool", "operators", "decoder")
 _CUDA_SOURCES = _SOURCES / "cuda"
 _HEAD_SIZES = (64, 80, 96, 128)
 _CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100f", "120f")  # f: and later ones of the family
@@ -136,10 +138,10 @@ def _compile(compiler: str, cuda_compiler: str | None, folder: Path) -> None:
     started = time.monotonic()
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
     commands = {name: [compiler, *_FLAGS, *arguments] for name, arguments in _cpp_commands(cuda_compiler).items()}
-    link = [compiler, "-shared"]
+    link = [compiler, "-shared", "-pthread"]
     if cuda_compiler is not None:
         commands |= {name: [cuda_compiler, *_NVCC_FLAGS, *arguments] for name, arguments in _cuda_commands().items()}
-        link = [cuda_compiler, "-shared", "-cudart=static"]
+        link = [cuda_compiler, "-shared", "-cudart=static", "-Xcompiler=-pthread"]
     log = _run_all([[*command, "-o", str(folder / name)] for name, command in commands.items()])
     log += _run_all([[*link, *(str(folder / name) for name in commands), *libraries, "-o", str(folder / _LIBRARY)]])
     (folder / _LOG).write_text(log)
@@ -168,6 +170,7 @@ def _cpp_commands(cuda_compiler: str | None) -> dict[str, list[str]]:
         for name, builds in _builds().items()
         for isa, flags in builds.items()
     }
+    commands |= {f"{name}.o": ["-c", str(_SOURCES / f"{name}.cpp")] for name in _PORTABLE}
     torch_headers = ["-isystem", str(Path(torch.__file__).parent / "include")]
     for name in ("bindings", "bindings_cuda")[: 1 if cuda_compiler is None else 2]:
         commands[f"{name}.o"] = [_TORCH_TARGET, *torch_headers, "-c", str(_SOURCES / f"{name}.cpp")]

@@ -54,6 +54,11 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer, 0 for none."""
+        return tuple(window or 0 for window in self.sliding_window) or (0,) * self.num_layers
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")

@@ -9,6 +9,7 @@ from pagestream.model.config import ModelConfig
 
 class KVCache:
     """`layers[i]` is the (key, value) cache of layer i, each [P, Hkv, B, D]: pages, KV heads, positions, head size.
+    They are views of `storage` [L, P, Hkv, 2, B, D].
 
     The keys of one page and head are followed by its values, so attention reads one run of memory for both. Memory
     is not touched here: on a CPU, pages cost nothing before they are first written.
@@ -19,9 +20,9 @@ class KVCache:
     ) -> None:
         self.page_size = page_size
         self.num_pages = num_pages
-        shape = (num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
-        storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in storage)
+        shape = (config.num_layers, num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
+        self.storage = torch.empty(shape, dtype=dtype, device=device)
+        self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in self.storage)
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

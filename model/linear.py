@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from pagestream import kernels
-from pagestream.kernels.packing import Packed, pack, unpack_rows
+from pagestream.kernels.decoder import Matrix, Part
+from pagestream.kernels.packing import pack, unpack_rows
 from pagestream.model.quantization import Groups
 
 
@@ -40,16 +41,10 @@ class DenseLinear:
         return functional.embedding(outputs, self.weight)
 
 
-@dataclass(frozen=True, slots=True)
-class PackedMatrix:
-    outputs: int
-    tensors: Packed
-
-
-def pack_matrices(matrices: Sequence[Groups]) -> list[PackedMatrix]:
+def pack_matrices(matrices: Sequence[Groups]) -> list[Part]:
     """Those of equal bits that follow each other are one under the other: one product."""
     return [
-        PackedMatrix(len(groups.codes), pack(groups.codes, groups.scales, groups.mins))
+        Part(pack(groups.codes, groups.scales, groups.mins), outputs=len(groups.codes))
         for groups in _join_equal(matrices)
     ]
 
@@ -57,23 +52,22 @@ def pack_matrices(matrices: Sequence[Groups]) -> list[PackedMatrix]:
 class QuantizedLinear:
     """Matrices in groups, one under the other."""
 
-    def __init__(self, parts: Sequence[PackedMatrix], bias: torch.Tensor | None, dtype: torch.dtype) -> None:
-        self._parts = tuple(parts)
-        self._outputs = sum(part.outputs for part in self._parts)
-        self._bias = bias
+    def __init__(self, parts: Sequence[Part], bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        self.matrix = Matrix(tuple(parts), bias)
+        self._outputs = sum(part.outputs for part in parts)
         self._dtype = dtype
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         out = rows.new_empty(len(rows), self._outputs)
         begin = 0
-        for part in self._parts:
-            kernels.quantized_linear(rows, *part.tensors, out=out[:, begin : begin + part.outputs])
+        for part in self.matrix.parts:
+            kernels.quantized_linear(rows, *part.packed, out=out[:, begin : begin + part.outputs])
             begin += part.outputs
-        return out if self._bias is None else out.add_(self._bias)
+        return out if self.matrix.bias is None else out.add_(self.matrix.bias)
 
     def lookup(self, outputs: torch.Tensor) -> torch.Tensor:
-        (part,) = self._parts
-        return unpack_rows(*part.tensors, outputs).to(self._dtype)
+        (part,) = self.matrix.parts
+        return unpack_rows(*part.packed, outputs).to(self._dtype)
 
 
 def _join_equal(matrices: Sequence[Groups]) -> list[Groups]:

@@ -13,6 +13,7 @@ from pagestream import kernels
 from pagestream.model.batch import Batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
+from pagestream.model.native import native_decoder
 from pagestream.model.rope import RotaryEmbedding, rotate
 from pagestream.model.weights import LayerWeights, Weights
 
@@ -24,7 +25,8 @@ class Network:
         self._config = config
         self._weights = weights
         self._rope = RotaryEmbedding(config, weights.norm.device)
-        self._windows = [window or 0 for window in config.sliding_window] or [0] * config.num_layers
+        self._windows = config.windows
+        self._decoder = native_decoder(config, weights)
 
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: KVCache) -> torch.Tensor:
@@ -32,6 +34,17 @@ class Network:
 
         Running the same batch again writes the same values: a step can be repeated.
         """
+        if self._decoder is not None:
+            return self._decoder(
+                batch.token_ids,
+                batch.positions,
+                batch.slots,
+                batch.query_starts,
+                batch.context_lengths,
+                batch.block_tables,
+                batch.sampled_rows,
+                caches=cache.storage,
+            )
         hidden = self._weights.embedding.lookup(batch.token_ids)  # [T, E]
         cos, sin = self._rope(batch.positions)
         attended = hidden.new_empty(len(hidden), self._config.num_heads, self._config.head_dim)

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pagestream.kernels import packing
+from pagestream.kernels.decoder import Part
 from pagestream.kernels.packing import Packed
-from pagestream.model.linear import PackedMatrix, pack_matrices
+from pagestream.model.linear import pack_matrices
 from pagestream.model.quantization import Bits, Groups
 
 _CODE: Final = (Path(packing.__file__), *sorted(Path(__file__).parent.glob("*.py")))  # decides what is in a file
@@ -46,9 +47,9 @@ class PackedMatrices:
         self._read = read
         self._path, self._origin = None if folder is None else folder / _file_name(sources, bits), _origin(sources)
         self._mapped = {} if self._path is None else _map_file(self._path, self._origin)
-        self._packed: dict[str, list[PackedMatrix]] = {}
+        self._packed: dict[str, list[Part]] = {}
 
-    def load(self, names: Sequence[str]) -> list[PackedMatrix]:
+    def load(self, names: Sequence[str]) -> list[Part]:
         """The named matrices one under the other. Always the same names together."""
         parts = self._mapped.get(names[0])
         if parts is None:
@@ -86,9 +87,9 @@ def _origin(sources: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _map_file(path: Path, origin: str) -> dict[str, list[PackedMatrix]]:
+def _map_file(path: Path, origin: str) -> dict[str, list[Part]]:
     """Empty if there is no such file, or one that is incomplete or of another origin."""
-    matrices: dict[str, list[PackedMatrix]] = {}
+    matrices: dict[str, list[Part]] = {}
     try:
         file: Any = safe_open(path, framework="pt")
         header = json.loads(file.metadata()["pagestream"])
@@ -100,19 +101,19 @@ def _map_file(path: Path, origin: str) -> dict[str, list[PackedMatrix]]:
     return matrices
 
 
-def _map_matrix(file: Any, prefix: str, outputs: int) -> PackedMatrix:
+def _map_matrix(file: Any, prefix: str, outputs: int) -> Part:
     held = set(file.keys())
     tensors: Any = (file.get_tensor(prefix + field) if prefix + field in held else None for field in Packed._fields)
-    return PackedMatrix(outputs, Packed(*tensors))
+    return Part(Packed(*tensors), outputs)
 
 
-def _write_file(path: Path, origin: str, matrices: Mapping[str, Sequence[PackedMatrix]]) -> None:
+def _write_file(path: Path, origin: str, matrices: Mapping[str, Sequence[Part]]) -> None:
     """A safetensors file. The library's own writer copies all tensors in memory and aligns none."""
     tensors = {
         f"{name}/{index}/{field}": tensor
         for name, parts in matrices.items()
         for index, part in enumerate(parts)
-        for field, tensor in part.tensors._asdict().items()
+        for field, tensor in part.packed._asdict().items()
         if tensor is not None
     }
     ordered = dict(sorted(tensors.items(), key=lambda item: item[1].nbytes % _ALIGNMENT))  # the even sizes first

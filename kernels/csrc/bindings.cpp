@@ -1,32 +1,34 @@
 // The operators on CPU tensors. With torch_params.h and bindings_cuda.cpp all that knows torch, through its stable ABI:
 // one library serves every torch >= TORCH_TARGET_VERSION. Shapes and types were checked by the Python functions; what
 // only the contents of tensors tell is checked in plan.h.
-#include <cstring>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "amx.h"
-#include "linear_params.h"
-#include "plan.h"
+#include "operators.h"
 #include "store_kv.h"
+#include "thread_pool.h"
 #include "torch_params.h"
 
 extern "C" {
 extern const pagestream::AttentionKernel pagestream_attention_baseline;
 extern const pagestream::LinearKernel pagestream_linear_baseline;
+extern const pagestream::RowKernel pagestream_rows_baseline;
 #if defined(__x86_64__)
 extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512, pagestream_attention_amx;
 extern const pagestream::LinearKernel pagestream_linear_avx2, pagestream_linear_vnni, pagestream_linear_amx;
+extern const pagestream::RowKernel pagestream_rows_avx2, pagestream_rows_avx512;
 #endif
 }
 
 namespace {
 
-using pagestream::AttentionKernel;
 using pagestream::AttentionParams;
-using pagestream::LinearKernel;
+using pagestream::Kernels;
 using pagestream::LinearParams;
+using pagestream::parallel_for;
 
 bool has_avx2() {
 #if defined(__x86_64__)
@@ -61,53 +63,34 @@ bool has_amx() {
 #endif
 }
 
-struct Kernels {
-  const AttentionKernel* attention;
-  const LinearKernel* linear;
-};
-
 // What runs on `isa`: for each operator the best build it allows. None where this machine does not have it.
 std::optional<Kernels> kernels_named(const std::string& isa) {
 #if defined(__x86_64__)
-  if (isa == "amx" && has_amx()) return Kernels{&pagestream_attention_amx, &pagestream_linear_amx};
-  if (isa == "vnni" && has_vnni()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_vnni};
-  if (isa == "avx512" && has_avx512()) return Kernels{&pagestream_attention_avx512, &pagestream_linear_avx2};
-  if (isa == "avx2" && has_avx2()) return Kernels{&pagestream_attention_avx2, &pagestream_linear_avx2};
+  if (isa == "amx" && has_amx())
+    return Kernels{&pagestream_attention_amx, &pagestream_linear_amx, &pagestream_rows_avx512};
+  if (isa == "vnni" && has_vnni())
+    return Kernels{&pagestream_attention_avx512, &pagestream_linear_vnni, &pagestream_rows_avx512};
+  if (isa == "avx512" && has_avx512())
+    return Kernels{&pagestream_attention_avx512, &pagestream_linear_avx2, &pagestream_rows_avx512};
+  if (isa == "avx2" && has_avx2())
+    return Kernels{&pagestream_attention_avx2, &pagestream_linear_avx2, &pagestream_rows_avx2};
 #endif
-  if (isa == "baseline") return Kernels{&pagestream_attention_baseline, &pagestream_linear_baseline};
+  if (isa == "baseline")
+    return Kernels{&pagestream_attention_baseline, &pagestream_linear_baseline, &pagestream_rows_baseline};
   return std::nullopt;
 }
 
 Kernels selected = {};  // build.py selects right after loading
-
-// A buffer of the calling thread that only grows: no allocation once warm.
-float* thread_buffer(int64_t floats) {
-  constexpr size_t kAlignment = 64 / sizeof(float);
-  thread_local std::vector<float> buffer;
-  if (buffer.size() < floats + kAlignment) buffer.resize(floats + kAlignment);
-  const size_t misaligned = reinterpret_cast<uintptr_t>(buffer.data()) / sizeof(float) % kAlignment;
-  return buffer.data() + (kAlignment - misaligned) % kAlignment;
-}
 
 void paged_attention(const Tensor query, const Tensor key_cache, const Tensor value_cache, const Tensor block_tables,
                      const Tensor query_starts, const Tensor context_lengths, double scale, int64_t window,
                      const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses,
                      const std::optional<Tensor> /*workspace*/, const std::optional<Tensor> /*key_scales*/,
                      const std::optional<Tensor> /*value_scales*/) {
-  const AttentionKernel& kernel = *selected.attention;
   const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
                                         scale, window, out, stats, page_masses);
-  const pagestream::Plan plan = pagestream::make_plan(p, torch::stable::get_num_threads(), kernel.partial_floats(p));
-  std::vector<float> workspace(plan.workspace_floats);
-  torch::stable::parallel_for(0, plan.num_threads(), 1, [&](int64_t begin, int64_t end) {
-    float* scratch = thread_buffer(kernel.scratch_floats(p));
-    const int64_t first = plan.thread_begin[begin], last = plan.thread_begin[end];
-    kernel.run(p, plan.segments.data() + first, last - first, scratch, workspace.data());
-  });
-  torch::stable::parallel_for(0, static_cast<int64_t>(plan.shared.size()), 4, [&](int64_t begin, int64_t end) {
-    float* scratch = thread_buffer(kernel.scratch_floats(p));
-    for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch, workspace.data());
-  });
+  const int64_t threads = torch::stable::get_num_threads();
+  attend(*selected.attention, p, make_plan(p, threads, selected.attention->partial_floats(p)), threads);
 }
 
 void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
@@ -127,8 +110,8 @@ void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
       throw std::invalid_argument("store_kv: slot " + std::to_string(p.slots[i]) + " of token " + std::to_string(i) +
                                   " is outside the cache of " + std::to_string(capacity) + " slots");
   const StoreToken store = store_token_for(dtype_of(rows), dtype_of(cache));
-  constexpr int64_t kTokensPerThread = 64;
-  torch::stable::parallel_for(0, tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kTokensAtOnce = 64;
+  parallel_for(tokens, kTokensAtOnce, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) store(p, token);
   });
 }
@@ -158,24 +141,60 @@ LinearParams make_params(const Tensor& input, const Tensor& codes, const Tensor&
   return p;
 }
 
+struct LinearScratch {};
+
 void quantized_linear(const Tensor input, const Tensor codes, const Tensor scales, const std::optional<Tensor> mins,
                       const Tensor out) {
-  const LinearKernel& kernel = *selected.linear;
   LinearParams p = make_params(input, codes, scales, mins, out);
-  const int64_t height = p.rows < pagestream::kTileRows ? p.rows : pagestream::kTileRows;
-  const int64_t rows = height == 0 ? 0 : (p.rows + height - 1) / height * height;
-  const int64_t groups = rows * p.weight.groups, group_floats = pagestream::kGroupBytes / sizeof(float);
-  const int64_t spans = (p.weight.groups + pagestream::kSpanGroups - 1) / pagestream::kSpanGroups;
-  float* buffer = thread_buffer(groups * (group_floats + 1) + rows * spans);
-  p.x = reinterpret_cast<int8_t*>(buffer);
-  p.x_sums = buffer + groups * group_floats;
-  p.x_scales = p.x_sums + groups;
-  constexpr int64_t kGroupsPerThread = 2048, kProductsPerThread = 1 << 17;  // less is not worth waking a thread for
-  torch::stable::parallel_for(0, p.rows, kGroupsPerThread / p.weight.groups + 1,
-                              [&](int64_t begin, int64_t end) { kernel.quantize(p, begin, end); });
-  const int64_t per_block = p.rows * p.weight.groups * pagestream::kGroup * pagestream::kBlockOutputs;
-  torch::stable::parallel_for(0, codes.size(0), kProductsPerThread / (per_block + 1) + 1,
-                              [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
+  const int64_t threads = torch::stable::get_num_threads(), groups = p.weight.groups;
+  place_quantized(p, pagestream::thread_buffer<LinearScratch>(pagestream::quantized_bytes(p.rows, groups)));
+  constexpr int64_t kGroupsAtOnce = 256;  // some microseconds: less is not worth sharing
+  parallel_for(p.rows, kGroupsAtOnce / groups + 1, threads,
+               [&](int64_t begin, int64_t end) { selected.linear->quantize(p, begin, end); });
+  multiply(*selected.linear, &p, 1, threads);
+}
+
+template <typename T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+void decode(const Tensor model, double epsilon, double magnitude, const Tensor token_ids, const Tensor positions,
+            const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
+            const Tensor sampled_rows, const Tensor caches, const Tensor logits) {
+  const auto& m = *reinterpret_cast<const pagestream::DecoderModel*>(model.data_ptr());
+  const int64_t element = caches.element_size();
+  pagestream::DecoderStep s = {};
+  s.token_ids = data_of<int64_t>(token_ids);
+  s.positions = data_of<int64_t>(positions);
+  s.slots = data_of<int64_t>(slots);
+  s.sampled_rows = data_of<int64_t>(sampled_rows);
+  s.num_sampled = sampled_rows.size(0);
+  s.logits = static_cast<float*>(logits.data_ptr());
+  s.epsilon = static_cast<float>(epsilon);
+  s.magnitude = static_cast<float>(magnitude);
+  s.cache_layer_bytes = caches.stride(0) * element;
+  AttentionParams& p = s.attention;
+  p.key_cache = caches.data_ptr();
+  p.value_cache = data_of<char>(caches) + caches.stride(3) * element;
+  p.key_page_stride = p.value_page_stride = caches.stride(1);
+  p.key_head_stride = p.value_head_stride = caches.stride(2);
+  p.num_pages = static_cast<int32_t>(caches.size(1));
+  p.page_size = static_cast<int32_t>(caches.size(4));
+  p.cache_dtype = dtype_of(caches);
+  p.query_dtype = pagestream::DType::kFloat32;
+  p.block_tables = data_of<int32_t>(block_tables);
+  p.block_table_stride = block_tables.stride(0);
+  p.max_pages = static_cast<int32_t>(block_tables.size(1));
+  p.query_starts = data_of<int32_t>(query_starts);
+  p.context_lengths = data_of<int32_t>(context_lengths);
+  p.num_sequences = static_cast<int32_t>(context_lengths.size(0));
+  p.num_tokens = static_cast<int32_t>(token_ids.size(0));
+  p.num_heads = static_cast<int32_t>(m.num_heads);
+  p.num_kv_heads = static_cast<int32_t>(m.num_kv_heads);
+  p.head_size = static_cast<int32_t>(m.head_size);
+  p.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(m.head_size)));
+  pagestream::decode(selected, m, s, torch::stable::get_num_threads());
 }
 
 }  // namespace
@@ -184,6 +203,7 @@ STABLE_TORCH_LIBRARY_IMPL(pagestream, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("store_kv", TORCH_BOX(&store_kv));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+  m.impl("decode", TORCH_BOX(&decode));
 }
 
 // 0 when this machine cannot run `isa` (a name of build.py) or the library does not hold it. Not while an operator runs.

@@ -6,6 +6,7 @@
 
 namespace {
 
+using pagestream::count_spans;
 using pagestream::DType;
 using pagestream::kBlockOutputs;
 using pagestream::kGroup;
@@ -19,8 +20,6 @@ constexpr int kQuadBytes = kBlockOutputs * 4;  // four inputs of every output of
 
 template <int kBits>
 constexpr int kCodeBytes = kBlockOutputs * kGroup * kBits / 8;  // one group of a block
-
-inline int64_t count_spans(int64_t groups) { return (groups + kSpanGroups - 1) / kSpanGroups; }
 
 inline int64_t tile_height(const LinearParams& p) { return p.rows < kTileRows ? p.rows : kTileRows; }
 

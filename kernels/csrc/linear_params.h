@@ -32,6 +32,14 @@ struct LinearParams {
   float* x_scales;  // [T, spans, h], spans = ceil(groups / 8)
 };
 
+static inline int64_t count_spans(int64_t groups) { return (groups + kSpanGroups - 1) / kSpanGroups; }
+
+// Rows that their integers have room for: those of whole tiles.
+static inline int64_t tiled_rows(int64_t rows) {
+  const int64_t height = rows < kTileRows ? rows : kTileRows;
+  return height == 0 ? 0 : (rows + height - 1) / height * height;
+}
+
 // One build of linear.cpp for one instruction set.
 struct LinearKernel {
   void (*quantize)(const LinearParams&, int64_t row_begin, int64_t row_end);

@@ -1,5 +1,5 @@
-// Cuts the work of one call into equal contiguous ranges, one per thread (stream-K): no thread waits for the longest
-// sequence. A block of rows that crosses a range boundary is cut between splits and merged afterwards.
+// Cuts the work of one call into equal contiguous pieces (stream-K), a few per thread: no thread waits for the longest
+// sequence. A block of rows that crosses a boundary is cut between splits and merged afterwards.
 #pragma once
 
 #include <algorithm>
@@ -13,17 +13,18 @@ namespace pagestream {
 
 struct Plan {
   std::vector<Segment> segments;
-  std::vector<int64_t> thread_begin;  // range of segments of thread t: [thread_begin[t], thread_begin[t + 1])
+  std::vector<int64_t> piece_begin;   // segments of piece i: [piece_begin[i], piece_begin[i + 1])
   std::vector<Segment> shared;        // blocks in several segments
   int64_t workspace_floats = 0;
 
-  int64_t num_threads() const { return static_cast<int64_t>(thread_begin.size()) - 1; }
+  int64_t num_pieces() const { return static_cast<int64_t>(piece_begin.size()) - 1; }
 };
 
 // A tile costs as much as this many rows before the first row is computed: reading, widening, transposing.
 constexpr int64_t kTileCostInRows = 8;
-// Fewer rows x tiles than this are not worth waking a thread for.
-constexpr int64_t kMinCostPerThread = 40;
+// Fewer rows x tiles than this are not worth handing out.
+constexpr int64_t kMinCostPerPiece = 20;
+constexpr int64_t kPiecesPerThread = 4;
 
 inline int64_t num_rows(const AttentionParams& p, const Segment& block) {
   return int64_t{block.num_positions} * (p.num_heads / p.num_kv_heads);
@@ -69,14 +70,15 @@ inline std::vector<Segment> row_blocks(const AttentionParams& p) {
   return blocks;
 }
 
-inline Plan make_plan(const AttentionParams& p, int64_t max_threads, int64_t partial_floats) {
+inline Plan make_plan(const AttentionParams& p, int64_t threads, int64_t partial_floats) {
   const std::vector<Segment> blocks = row_blocks(p);
   int64_t total = 0;
   for (const Segment& b : blocks) total += (b.tile_end - b.tile_begin) * cost_per_tile(p, b);
-  const int64_t threads = std::clamp(total / kMinCostPerThread, int64_t{1}, max_threads);
+  const int64_t most = threads == 1 ? 1 : threads * kPiecesPerThread;
+  const int64_t pieces = std::clamp(total / kMinCostPerPiece, int64_t{1}, most);
   Plan plan;
-  plan.thread_begin.push_back(0);
-  int64_t used = 0, target = total / threads;  // cost up to which the current thread takes work
+  plan.piece_begin.push_back(0);
+  int64_t used = 0, target = total / pieces;  // cost up to which the current piece goes
   for (const Segment& block : blocks) {
     const int64_t cost = cost_per_tile(p, block);
     Segment piece = block;
@@ -91,9 +93,9 @@ inline Plan make_plan(const AttentionParams& p, int64_t max_threads, int64_t par
       const int64_t splits = (piece.tile_end + kTilesPerSplit - 1) / kTilesPerSplit - tile / kTilesPerSplit;
       piece.workspace_offset += splits * partial_floats * num_rows(p, block);
       used += (piece.tile_end - tile) * cost;
-      while (used >= target && plan.num_threads() + 1 < threads) {
-        plan.thread_begin.push_back(static_cast<int64_t>(plan.segments.size()));
-        target = total * (plan.num_threads() + 1) / threads;
+      while (used >= target && plan.num_pieces() + 1 < pieces) {
+        plan.piece_begin.push_back(static_cast<int64_t>(plan.segments.size()));
+        target = total * (plan.num_pieces() + 1) / pieces;
       }
     }
     if (plan.segments.size() > first_piece + 1) {
@@ -103,7 +105,7 @@ inline Plan make_plan(const AttentionParams& p, int64_t max_threads, int64_t par
       plan.workspace_floats = piece.workspace_offset;
     }
   }
-  plan.thread_begin.push_back(static_cast<int64_t>(plan.segments.size()));
+  plan.piece_begin.push_back(static_cast<int64_t>(plan.segments.size()));
   return plan;
 }
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from pagestream.kernels.decoder import Part
 from pagestream.kernels.packing import pack, unpack_rows
-from pagestream.model.linear import PackedMatrix
 from pagestream.model.packed import PackedMatrices
 from pagestream.model.quantization import Bits, Groups, quantize
 
@@ -31,7 +31,7 @@ def matrices(seed: int = 0) -> dict[str, Groups]:
     return {name: quantize(torch.randn(40, 64, generator=generator), bits) for name, bits in BITS.items()}
 
 
-def start(source: Path, folder: Path | None, read: Callable[[str], Groups]) -> list[list[PackedMatrix]]:
+def start(source: Path, folder: Path | None, read: Callable[[str], Groups]) -> list[list[Part]]:
     """What a start of the server does."""
     packed = PackedMatrices(BITS, read, [source], folder)
     loaded = [packed.load(names) for names in TOGETHER]
@@ -43,9 +43,9 @@ def refuse(name: str) -> Groups:
     raise AssertionError(f"{name} was read again")
 
 
-def is_same(ones: list[list[PackedMatrix]], others: list[list[PackedMatrix]]) -> bool:
-    def flat(all_parts: list[list[PackedMatrix]]) -> list[Any]:
-        return [value for parts in all_parts for part in parts for value in (part.outputs, *part.tensors)]
+def is_same(ones: list[list[Part]], others: list[list[Part]]) -> bool:
+    def flat(all_parts: list[list[Part]]) -> list[Any]:
+        return [value for parts in all_parts for part in parts for value in (part.outputs, *part.packed)]
 
     pairs = list(zip(flat(ones), flat(others), strict=True))
     return all(torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
@@ -63,10 +63,10 @@ def test_the_second_start_maps_the_same_bits_and_reads_nothing(source: Path, tmp
     assert is_same(first, second)
     assert [part.outputs for part in second[0]] == [80, 40]  # equal bits are one matrix
     for _, part in ((parts, part) for parts in second for part in parts):
-        assert part.tensors.codes.data_ptr() % 64 == 0
+        assert part.packed.codes.data_ptr() % 64 == 0
     head = matrices()["head"]
     exact = unpack_rows(*pack(head.codes, head.scales, head.mins), torch.arange(40))
-    assert torch.equal(unpack_rows(*second[1][0].tensors, torch.arange(40)), exact)
+    assert torch.equal(unpack_rows(*second[1][0].packed, torch.arange(40)), exact)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "foreign", "header", "other safetensors"])
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_written_means_no_file_and_no_error(source: Path
 
 def test_starts_at_the_same_time_do_not_disturb_each_other(source: Path, tmp_path: Path) -> None:
     folder, barrier = tmp_path / "packed", threading.Barrier(4)
-    results: list[list[list[PackedMatrix]]] = []
+    results: list[list[list[Part]]] = []
 
     def run() -> None:
         barrier.wait()

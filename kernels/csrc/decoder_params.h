@@ -1,0 +1,59 @@
+// A network of quantised matrices, and one step of it, as plain structs. The structs of the network are what decoder.py
+// writes: 64-bit numbers and pointers in this order.
+#pragma once
+
+#include "linear_params.h"
+
+namespace pagestream {
+
+constexpr int kMaxParts = 3;  // matrices of different bits that are one product: query, key, value
+
+struct DecoderPart {
+  PackedWeight weight;
+  int64_t outputs;  // 0: there is no such part
+};
+
+struct DecoderMatrix {
+  const float* bias;  // [outputs of all parts] or null
+  DecoderPart parts[kMaxParts];
+};
+
+struct DecoderLayer {
+  int64_t window;               // 0: none
+  const float* attention_norm;  // [E]
+  const float* query_key_norm;  // [Hq + Hkv, D] or null
+  const float* mlp_norm;        // [E]
+  DecoderMatrix query_key_value, attention_output, gate_up, down;
+};
+
+struct DecoderModel {
+  int64_t num_layers, num_heads, num_kv_heads, head_size, hidden_size, intermediate_size, vocab_size;
+  const float* frequencies;  // [D / 2], radians per position
+  const float* norm;         // [E]
+  DecoderMatrix embedding, lm_head;
+
+  const DecoderLayer* layers() const { return reinterpret_cast<const DecoderLayer*>(this + 1); }
+};
+
+struct DecoderStep {
+  const int64_t *token_ids, *positions, *slots;  // [T]
+  const int64_t* sampled_rows;                   // [R], increasing
+  int64_t num_sampled;                           // R
+  float* logits;                                 // [R, V]
+  float epsilon, magnitude;                      // of the norms; of cosines and sines
+  int64_t cache_layer_bytes;                     // from one layer's caches to the next one's
+  AttentionParams attention;                     // all but query, out and window; the caches are those of layer 0
+};
+
+// One build of rows.cpp for one instruction set: what happens to a row between two products.
+struct RowKernel {
+  void (*lookup)(const PackedWeight&, int64_t output, float* to);  // the weights of an output
+  void (*add)(float* to, const float* what, int64_t width);
+  void (*norm)(const float* row, const float* weight, float epsilon, int64_t width, float* out);
+  // Turns each pair (i, i + D/2) of `count` heads, normed before where there is a weight [count, D].
+  void (*rotate)(float* heads, int64_t count, int64_t head_size, const float* norm_weight, float epsilon,
+                 const float* cos, const float* sin);
+  void (*gate)(float* gate, const float* up, int64_t width);  // gate = silu(gate) * up
+};
+
+}  // namespace pagestream
