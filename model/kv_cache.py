@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from pagestream.model.config import ModelConfig
@@ -20,8 +22,14 @@ class KVCache:
         self.page_size = page_size
         self.num_pages = num_pages
         shape = (num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
-        storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in storage)
+        self._storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in self._storage)
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Makes each target page, in every layer, a copy of its source; no page may be both."""
+        source, target = (torch.tensor(pages, device=self._storage[0].device) for pages in (sources, targets))
+        for layer in self._storage:
+            layer[target] = layer[source]
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -256,7 +256,7 @@ class Engine:
             free_blocks=self._pool.num_free,
             active_blocks=self._pool.num_active,
             cached_blocks=self._pool.num_cached,
-            leaked_blocks=self._pool.num_active - scheduler.num_held_blocks,
+            leaked_blocks=self._pool.num_references - scheduler.num_held_references,
         )
 
     def _end_all(self, reason: FinishReason, error: Callable[[], RequestError]) -> None:

@@ -17,15 +17,18 @@ The law, and why it holds:
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
+from pagestream.server.prefix_tree import CachedPrefix
 from pagestream.server.request import FinishReason, Request, RequestState
+
+MAX_PREEMPTIONS = 3  # per request
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,9 @@ class Scheduler:
         self._num_admitted = 0
         self._in_flight: tuple[StepPlan, Sequence[Request]] | None = None  # planned, not committed
         self.num_preemptions_total = 0
-        self.recomputed_tokens_total = 0  # computed a second time, after a preemption
+        self.recomputed_tokens_total = 0  # computed a second time, after a preemption or a pause
+        self.queried_tokens_total = 0  # prompt tokens looked up in the prefix cache, once per request
+        self.hit_tokens_total = 0  # and found there
 
     @property
     def running(self) -> Sequence[Request]:
@@ -79,8 +84,9 @@ class Scheduler:
         return self._paused
 
     @property
-    def num_held_blocks(self) -> int:
-        return sum(len(request.block_ids) for request in self._live())
+    def num_held_references(self) -> int:
+        """How many references to blocks the requests have to give back: those of the pool, unless some are lost."""
+        return sum(map(len, map(_held_blocks, self._running)))
 
     @property
     def num_waiting(self) -> int:
@@ -143,8 +149,10 @@ class Scheduler:
         ]
 
     def pause(self, request: Request) -> None:
-        """Takes a running request out of the batch. What a step in flight computes for it is computed again."""
+        """Takes a running request out of the batch. Its blocks stay in the cache until others need them; what a step in
+        flight computes for it is computed again."""
         self._running.remove(request)
+        self._give_up_blocks(request)
         request.state = RequestState.PAUSED
         insort(self._paused, request, key=_arrival)
 
@@ -155,10 +163,11 @@ class Scheduler:
         insort(self._waiting, request, key=_arrival)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """Ends a request in any state and frees its blocks at once; a no-op if it has ended.
+        """Ends a request in any state and lets go of its blocks at once; a no-op if it has ended.
 
-        A step in flight may still write to those blocks. That is safe because they get a new owner only in the next
-        plan, made after the step has run, and an owner writes each position before it reads it.
+        A step in flight may still write to those blocks, but only behind what they are known to hold. That is safe
+        because they get a new owner only in the next plan, made after the step has run, and an owner writes each
+        position before it reads it.
         """
         if request.is_finished:
             return
@@ -171,7 +180,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the pool, the requests and the queues disagree."""
-        self._pool.check_integrity(request.block_ids for request in self._live())
+        self._pool.check_integrity(map(_held_blocks, self._running))
         for state, queue in self._queues().items():
             for request in queue:
                 request.check(self._pool.block_size)
@@ -190,41 +199,72 @@ class Scheduler:
             RequestState.PAUSED: self._paused,
         }
 
-    def _live(self) -> Iterator[Request]:
-        return chain(self._running, self._waiting, self._paused)
-
     def _can_start(self) -> bool:
         """Whether the oldest waiting request may start: none starts before it, so it cannot starve.
 
         It must fit beside all that the running ones still have to compute, with some room for every answer to grow.
-        That room is four times larger after each preemption, until whole answers fit. So no request is preempted step
-        after step, and none waits for room that answers shorter than allowed never use.
+        That room is four times larger after each preemption, and whole answers after the last that is allowed: then
+        nothing that runs can run out of room. So no request is preempted step after step, and none waits for room that
+        answers shorter than allowed never use.
         """
         if not self._waiting or len(self._running) == self._max_running:
             return False
         first = self._waiting[0]
-        growth = self._pool.block_size * 4**first.num_preemptions
+        candidates = (*self._running, first)
+        most = max(request.num_preemptions for request in candidates)
+        growth = self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
         wanted = sum(
             self._num_missing_blocks(request, min(request.num_tokens + growth, self._final_length(request)))
-            for request in (*self._running, first)
+            for request in candidates
         )
-        lent = sum(len(request.block_ids) for request in chain(self._waiting[1:], self._paused))
-        return wanted <= self._pool.num_free + lent
+        if wanted <= self._pool.num_available:
+            return True
+        found = self._pool.find(first.tenant, first.tokens, first.num_tokens - 1).block_ids
+        in_use = sum(self._pool.num_references_to(block_id) > 0 for block_id in found)
+        return wanted - in_use <= self._pool.num_available
 
     def _start(self) -> None:
         request = self._waiting.pop(0)
         request.state = RequestState.RUNNING
         insort(self._running, request, key=_arrival)
+        self._share_cached(request)
+
+    def _share_cached(self, request: Request) -> CachedPrefix:
+        """Gives it the pages that hold its next tokens; returns what else was found. Its last token is always computed:
+        without it there are no logits.
+        """
+        found = self._pool.find(request.tenant, request.tokens, request.num_tokens - 1, request.block_ids)
+        self._pool.share(found.block_ids)
+        request.block_ids.extend(found.block_ids)
+        request.num_computed = len(request.block_ids) * self._pool.block_size
+        return found
+
+    def _copy_cached(self, request: Request, found: CachedPrefix, length: int) -> None:
+        """Has a page copied that begins like its next one, if there is room for that and `length` more tokens. The
+        original is held until then, so that the step can be repeated.
+        """
+        end = min(request.num_computed + found.num_copyable + length, request.num_tokens)
+        held = self._pool.num_references_to(found.copy_from) == 0
+        if self._num_missing_blocks(request, end) + held <= self._pool.num_available:
+            self._pool.share([found.copy_from])
+            request.copy_from = found.copy_from
+            request.num_computed += found.num_copyable
 
     def _plan_chunk(self, request: Request, length: int, planned: dict[Request, Chunk]) -> None:
-        """Takes the blocks for the next `length` tokens. Those who do not run make room for them, then the youngest who
-        do. Who is preempted so, perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
+        """Takes the blocks for the next `length` tokens. If they are too few, others are preempted, or `request` is: who
+        is preempted is in no plan, since some of the blocks it needs are taken.
         """
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
+        has_begun_page = request.num_computed < len(request.block_ids) * self._pool.block_size
+        if request.num_uncomputed > 1 and not has_begun_page:
+            found = self._share_cached(request)
+            if found.num_copyable:
+                self._copy_cached(request, found, length)
+        length = min(length, request.num_uncomputed)
         missing = self._num_missing_blocks(request, request.num_computed + length)
-        while missing > self._pool.num_free:
-            if not self._reclaim() and self._preempt_youngest() is request:
+        while missing > self._pool.num_available:
+            if self._preempt(missing - self._pool.num_available) is request:
                 return
         request.block_ids.extend(self._pool.allocate(missing))
         planned[request] = Chunk(
@@ -235,6 +275,7 @@ class Scheduler:
             length=length,
             block_ids=request.block_ids,
             sampling=request.sampling,
+            copy_from=request.copy_from,
         )
 
     def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
@@ -244,40 +285,48 @@ class Scheduler:
         """The most tokens `request` will ever hold in the cache: its last token is never computed."""
         return min(request.num_prompt_tokens + request.max_new_tokens - 1, self._pool.capacity)
 
-    def _reclaim(self) -> bool:
-        """Takes the blocks of the youngest request that holds some and does not run. False if there is none."""
-        idle = [request for request in chain(self._waiting, self._paused) if request.block_ids]
-        if not idle:
-            return False
-        self._take_away_blocks(max(idle, key=_arrival))
-        return True
-
-    def _preempt_youngest(self) -> Request:
-        """Makes it wait without blocks."""
+    def _preempt(self, num_blocks: int) -> Request:
+        """Sends the youngest back to the queue."""
         request = self._running.pop()
-        self._take_away_blocks(request)
+        if request.num_computed:  # else nothing is lost
+            request.num_preemptions += 1
+            self.num_preemptions_total += 1
+        self._give_up_blocks(request)
         request.state = RequestState.WAITING
         insort(self._waiting, request, key=_arrival)
         return request
 
-    def _take_away_blocks(self, request: Request) -> None:
-        """It keeps its tokens, whose keys and values will be computed again."""
+    def _give_up_blocks(self, request: Request) -> None:
+        """It keeps its tokens. Their keys and values are in the cache until others need the blocks."""
         self._release_blocks(request)
         request.num_computed_before = max(request.num_computed_before, request.num_computed)
-        if request.num_computed:  # else nothing is lost
-            request.num_computed = 0
-            request.num_preemptions += 1
-            self.num_preemptions_total += 1
+        request.num_computed = 0
 
     def _release_blocks(self, request: Request) -> None:
-        self._pool.release(request.block_ids)
+        if request.copy_from is None:  # else its last page holds nothing yet
+            self._keep(request, request.num_computed // self._pool.block_size * self._pool.block_size)
+        self._pool.release(_held_blocks(request))
         request.block_ids = []  # a new list: a chunk in flight still reads the old one
+        request.copy_from = None
+
+    def _keep(self, request: Request, start: int) -> None:
+        """Has what it computed from `start` on found by others, and by itself after a preemption."""
+        self._pool.keep(request.tenant, request.tokens, request.block_ids, start, request.num_computed)
 
     def _advance(self, request: Request, chunk: Chunk, sampled: SampledToken | None) -> Advance:
         if chunk.samples != (sampled is not None):
             raise ValueError(f"the result for request {request.request_id} does not answer its chunk")
         self.recomputed_tokens_total += max(0, min(chunk.end, request.num_computed_before) - chunk.start)
+        if request.num_cached is None:
+            request.num_cached = chunk.start
+            self.queried_tokens_total += request.num_prompt_tokens
+            self.hit_tokens_total += chunk.start
         request.num_computed = chunk.end
+        if request.copy_from is not None:
+            self._pool.release([request.copy_from])
+            request.copy_from = None
+        if chunk.end % self._pool.block_size == 0 or chunk.length > 1 or chunk.end <= request.num_prompt_tokens:
+            self._keep(request, chunk.start)  # all but a decode within a page
         if sampled is not None:
             request.tokens.append(sampled.token_id)
             reason = request.reason_to_finish(self._pool.capacity)
@@ -288,3 +337,7 @@ class Scheduler:
 
 def _arrival(request: Request) -> int:
     return request.arrival or 0  # admitted, so it has one
+
+
+def _held_blocks(request: Request) -> list[int]:
+    return request.block_ids if request.copy_from is None else [*request.block_ids, request.copy_from]
