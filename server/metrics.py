@@ -204,6 +204,14 @@ class Metrics:
             self._values["preemptions_total"]["out_of_blocks",] = preemptions
             self._values["recomputed_tokens_total"][()] = recomputed_tokens
 
+    def set_prefix_cache(self, queried_tokens: int, hit_tokens: int, evicted_blocks: int) -> None:
+        """Totals since the start."""
+        with self._lock:
+            self._values["prefix_cache_queried_tokens_total"][()] = queried_tokens
+            self._values["prefix_cache_hit_tokens_total"][()] = hit_tokens
+            self._values["prompt_tokens_total"]["cached",] = hit_tokens
+            self._values["prefix_cache_evicted_blocks_total"][()] = evicted_blocks
+
     # ---- called by the services
 
     def observe_first_delta(self, prompt_tokens: int, seconds: float) -> None:

@@ -6,12 +6,13 @@ The law, and why it holds:
   place by arrival. So running requests followed by waiting ones are in arrival order, but for those back from a pause.
 - Without pauses, then, the oldest request runs whenever there is one, is never preempted, and gets on in every step. Of
   requests with at most L tokens each, the k-th oldest has finished after k * L steps, whatever arrives later.
-- A request that is paused keeps its place and, until others need them, its blocks. It counts as work again when it is
-  resumed. It may then find younger ones running where it was, but none starts before it.
+- A request that is paused keeps its place. It counts as work again when it is resumed. It may then find younger ones
+  running where it was, but none starts before it.
 - Decodes come first, and the budget holds a token for each running request. What they leave over, less if the caller
   limits it, the prompts that run share (`fair_share.py`): the oldest always gets some, and short ones need not wait for
   long ones. So a request starts as soon as there is room for it, not only when older prompts are read.
-- Blocks are released in one place, when a request has ended or others need them.
+- Only running requests hold blocks (`request_blocks.py`). What the others have computed is in the prefix cache until
+  the room is needed, so that a preemption costs what has been evicted when its request starts again.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
+from pagestream.server import request_blocks
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
-from pagestream.server.prefix_tree import CachedPrefix
 from pagestream.server.request import FinishReason, Request, RequestState
 
 MAX_PREEMPTIONS = 3  # per request
@@ -86,7 +87,7 @@ class Scheduler:
     @property
     def num_held_references(self) -> int:
         """How many references to blocks the requests have to give back: those of the pool, unless some are lost."""
-        return sum(map(len, map(_held_blocks, self._running)))
+        return sum(map(len, map(request_blocks.held, self._running)))
 
     @property
     def num_waiting(self) -> int:
@@ -174,13 +175,13 @@ class Scheduler:
         queue = self._queues()[request.state]
         if request in queue:  # not so if it was refused
             queue.remove(request)
-        self._release_blocks(request)
+        request_blocks.release(self._pool, request)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the pool, the requests and the queues disagree."""
-        self._pool.check_integrity(map(_held_blocks, self._running))
+        self._pool.check_integrity(map(request_blocks.held, self._running))
         for state, queue in self._queues().items():
             for request in queue:
                 request.check(self._pool.block_size)
@@ -203,68 +204,42 @@ class Scheduler:
         """Whether the oldest waiting request may start: none starts before it, so it cannot starve.
 
         It must fit beside all that the running ones still have to compute, with some room for every answer to grow.
-        That room is four times larger after each preemption, and whole answers after the last that is allowed: then
-        nothing that runs can run out of room. So no request is preempted step after step, and none waits for room that
-        answers shorter than allowed never use.
+        That room is four times larger after each preemption, and whole answers beside a request that was preempted as
+        often as it may: then nothing that runs can run out of room. So no request is preempted step after step, and
+        none waits for room that answers shorter than allowed never use.
         """
         if not self._waiting or len(self._running) == self._max_running:
             return False
         first = self._waiting[0]
         candidates = (*self._running, first)
         most = max(request.num_preemptions for request in candidates)
-        growth = self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
+        growth = 4 * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
         wanted = sum(
-            self._num_missing_blocks(request, min(request.num_tokens + growth, self._final_length(request)))
+            request_blocks.num_missing(
+                self._pool, request, min(request.num_tokens + growth, self._final_length(request))
+            )
             for request in candidates
         )
-        if wanted <= self._pool.num_available:
-            return True
-        found = self._pool.find(first.tenant, first.tokens, first.num_tokens - 1).block_ids
-        in_use = sum(self._pool.num_references_to(block_id) > 0 for block_id in found)
-        return wanted - in_use <= self._pool.num_available
+        room = self._pool.num_available
+        return wanted <= room or wanted - request_blocks.num_found_in_use(self._pool, first) <= room
 
     def _start(self) -> None:
         request = self._waiting.pop(0)
         request.state = RequestState.RUNNING
         insort(self._running, request, key=_arrival)
-        self._share_cached(request)
-
-    def _share_cached(self, request: Request) -> CachedPrefix:
-        """Gives it the pages that hold its next tokens; returns what else was found. Its last token is always computed:
-        without it there are no logits.
-        """
-        found = self._pool.find(request.tenant, request.tokens, request.num_tokens - 1, request.block_ids)
-        self._pool.share(found.block_ids)
-        request.block_ids.extend(found.block_ids)
-        request.num_computed = len(request.block_ids) * self._pool.block_size
-        return found
-
-    def _copy_cached(self, request: Request, found: CachedPrefix, length: int) -> None:
-        """Has a page copied that begins like its next one, if there is room for that and `length` more tokens. The
-        original is held until then, so that the step can be repeated.
-        """
-        end = min(request.num_computed + found.num_copyable + length, request.num_tokens)
-        held = self._pool.num_references_to(found.copy_from) == 0
-        if self._num_missing_blocks(request, end) + held <= self._pool.num_available:
-            self._pool.share([found.copy_from])
-            request.copy_from = found.copy_from
-            request.num_computed += found.num_copyable
+        request_blocks.share_cached(self._pool, request)
 
     def _plan_chunk(self, request: Request, length: int, planned: dict[Request, Chunk]) -> None:
-        """Takes the blocks for the next `length` tokens. If they are too few, others are preempted, or `request` is: who
-        is preempted is in no plan, since some of the blocks it needs are taken.
+        """Takes the blocks for the next `length` tokens. If they are too few, the youngest are preempted. Who is so,
+        perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
         """
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
-        has_begun_page = request.num_computed < len(request.block_ids) * self._pool.block_size
-        if request.num_uncomputed > 1 and not has_begun_page:
-            found = self._share_cached(request)
-            if found.num_copyable:
-                self._copy_cached(request, found, length)
+        request_blocks.take_cached(self._pool, request, length)
         length = min(length, request.num_uncomputed)
-        missing = self._num_missing_blocks(request, request.num_computed + length)
+        missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)
         while missing > self._pool.num_available:
-            if self._preempt(missing - self._pool.num_available) is request:
+            if self._preempt_youngest() is request:
                 return
         request.block_ids.extend(self._pool.allocate(missing))
         planned[request] = Chunk(
@@ -278,15 +253,12 @@ class Scheduler:
             copy_from=request.copy_from,
         )
 
-    def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
-        return self._pool.blocks_for(num_tokens) - len(request.block_ids)
-
     def _final_length(self, request: Request) -> int:
         """The most tokens `request` will ever hold in the cache: its last token is never computed."""
         return min(request.num_prompt_tokens + request.max_new_tokens - 1, self._pool.capacity)
 
-    def _preempt(self, num_blocks: int) -> Request:
-        """Sends the youngest back to the queue."""
+    def _preempt_youngest(self) -> Request:
+        """Makes it wait without blocks."""
         request = self._running.pop()
         if request.num_computed:  # else nothing is lost
             request.num_preemptions += 1
@@ -297,21 +269,10 @@ class Scheduler:
         return request
 
     def _give_up_blocks(self, request: Request) -> None:
-        """It keeps its tokens. Their keys and values are in the cache until others need the blocks."""
-        self._release_blocks(request)
+        """It keeps its tokens, and finds their keys and values again as far as nobody has needed the blocks."""
+        request_blocks.release(self._pool, request)
         request.num_computed_before = max(request.num_computed_before, request.num_computed)
         request.num_computed = 0
-
-    def _release_blocks(self, request: Request) -> None:
-        if request.copy_from is None:  # else its last page holds nothing yet
-            self._keep(request, request.num_computed // self._pool.block_size * self._pool.block_size)
-        self._pool.release(_held_blocks(request))
-        request.block_ids = []  # a new list: a chunk in flight still reads the old one
-        request.copy_from = None
-
-    def _keep(self, request: Request, start: int) -> None:
-        """Has what it computed from `start` on found by others, and by itself after a preemption."""
-        self._pool.keep(request.tenant, request.tokens, request.block_ids, start, request.num_computed)
 
     def _advance(self, request: Request, chunk: Chunk, sampled: SampledToken | None) -> Advance:
         if chunk.samples != (sampled is not None):
@@ -321,12 +282,7 @@ class Scheduler:
             request.num_cached = chunk.start
             self.queried_tokens_total += request.num_prompt_tokens
             self.hit_tokens_total += chunk.start
-        request.num_computed = chunk.end
-        if request.copy_from is not None:
-            self._pool.release([request.copy_from])
-            request.copy_from = None
-        if chunk.end % self._pool.block_size == 0 or chunk.length > 1 or chunk.end <= request.num_prompt_tokens:
-            self._keep(request, chunk.start)  # all but a decode within a page
+        request_blocks.advance(self._pool, request, chunk.end)
         if sampled is not None:
             request.tokens.append(sampled.token_id)
             reason = request.reason_to_finish(self._pool.capacity)
@@ -337,7 +293,3 @@ class Scheduler:
 
 def _arrival(request: Request) -> int:
     return request.arrival or 0  # admitted, so it has one
-
-
-def _held_blocks(request: Request) -> list[int]:
-    return request.block_ids if request.copy_from is None else [*request.block_ids, request.copy_from]

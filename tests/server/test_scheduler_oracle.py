@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagestream.server.request import FinishReason, Request, RequestState
+from pagestream.server.scheduler import MAX_PREEMPTIONS
 from tests.support.scheduling import INTERRUPTIONS, VOCABULARY, Simulation, make_request
 
 
@@ -73,9 +75,7 @@ def test_any_schedule_answers_as_if_each_request_ran_alone(simulation: Simulatio
 def test_every_request_finishes_within_a_bound_that_later_ones_cannot_move(
     simulation: Simulation, wanted: list[tuple[list[int], int]], chance: random.Random
 ) -> None:
-    """The k-th oldest of requests with at most L tokens each ends within k * L steps, while newcomers keep coming; and
-    a request is preempted at most as often as its room to grow can be too small.
-    """
+    """The k-th oldest of requests with at most L tokens each ends within k * L steps, while newcomers keep coming."""
     for number, (prompt, max_new_tokens) in enumerate(wanted):
         simulation.admit(make_request(number, prompt, max_new_tokens))
     first = list(simulation.requests)
@@ -88,22 +88,21 @@ def test_every_request_finishes_within_a_bound_that_later_ones_cannot_move(
             number += 1
             simulation.admit(make_request(number, [chance.randrange(VOCABULARY)] * chance.randint(1, 20), 20))
         simulation.step()
-    for request in first:
-        assert request.num_preemptions == 0 or simulation.block_size * 4 ** (request.num_preemptions - 1) < 20
+    assert max((request.num_preemptions for request in first), default=0) <= MAX_PREEMPTIONS
 
 
-def test_accounts_hold_through_ten_thousand_random_events() -> None:
-    """Finish, cancel, deadline and preempt at random on a pool of 96 tokens, until 10,000 of them have happened."""
+def test_accounts_hold_through_thousands_of_random_events() -> None:
+    """Finish, cancel, deadline and preempt at random on a pool of 96 tokens, until 5,000 of them have happened."""
     chance = random.Random(20)
     simulation = Simulation(num_blocks=24, block_size=4, token_budget=16, max_running=8)
     number = 0
-    while simulation.events.total() < 10_000:
+    while simulation.events.total() < 5_000:
         while simulation.scheduler.num_waiting < 4:
             number += 1
             prompt = chance.choices(range(VOCABULARY), k=chance.randint(1, 24))
-            simulation.admit(make_request(number, prompt, chance.randint(1, 40), ends=chance.random() < 0.3))
+            simulation.admit(make_request(number, prompt, chance.randint(1, 70), ends=chance.random() < 0.3))
         live = [*simulation.scheduler.running, *simulation.scheduler.waiting]
-        victims = [(chance.choice(live), chance.choice(INTERRUPTIONS)) for _ in range(2) if chance.random() < 0.2]
+        victims = [(chance.choice(live), chance.choice(INTERRUPTIONS)) for _ in range(2) if chance.random() < 0.03]
         for request, reason in victims[:1]:
             simulation.interrupt(request, reason)
         for request in (*simulation.scheduler.running, *simulation.scheduler.paused):
@@ -113,35 +112,45 @@ def test_accounts_hold_through_ten_thousand_random_events() -> None:
     for request in (*simulation.scheduler.running, *simulation.scheduler.waiting, *simulation.scheduler.paused):
         simulation.interrupt(request, FinishReason.SHUTDOWN)
     simulation.check_answers()
-    for event in ("preempted", "resumed", "cancelled", "deadline", "end_of_sequence", "stop_token", "max_tokens"):
-        assert simulation.events[event] >= 200, simulation.events
+    for event in ("preempted", "resumed", "cancelled", "deadline", "end_of_sequence", "stop_token", "copied"):
+        assert simulation.events[event] >= 100, simulation.events
 
 
-def test_preemption_under_a_full_pool_wastes_little() -> None:
-    """100 requests whose answers outgrow the pool: at most 3 preemptions each, under 20 % of the work is done twice."""
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_preemption_under_a_full_pool_wastes_little(prefix_cache: bool) -> None:
+    """120 requests whose answers are larger than their share of the pool, which is full all the time."""
     chance = random.Random(4)
-    simulation = Simulation(num_blocks=128, block_size=16, token_budget=64, max_running=32)
-    for number in range(100):
-        prompt = chance.choices(range(VOCABULARY), k=chance.randint(4, 40))
-        simulation.admit(make_request(number, prompt, chance.randint(20, 250), ends=False))
+    simulation = Simulation(num_blocks=128, block_size=4, token_budget=64, max_running=32, prefix_cache=prefix_cache)
+    for number in range(120):
+        prompt = chance.choices(range(VOCABULARY), k=chance.randint(1, 40))
+        simulation.admit(make_request(number, prompt, chance.randint(5, 200), ends=False))
     while simulation.scheduler.has_work:
         simulation.step()
     simulation.check_answers()
-    assert simulation.scheduler.num_preemptions_total == simulation.events["preempted"] >= 20
-    assert max(request.num_preemptions for request in simulation.requests) <= 3
-    assert simulation.scheduler.recomputed_tokens_total < 0.2 * simulation.computed_tokens
+    scheduler = simulation.scheduler
+    assert scheduler.num_preemptions_total == simulation.events["preempted"] >= 20
+    assert max(request.num_preemptions for request in simulation.requests) <= MAX_PREEMPTIONS
+    assert scheduler.recomputed_tokens_total < 0.2 * simulation.computed_tokens
 
 
-def test_a_long_prompt_beside_growing_answers_is_not_preempted_again_and_again() -> None:
-    """31 answers of staggered lengths; the pool is full when a prompt of most of its size joins them, and each answer
-    that ends makes just enough room for it to try again.
-    """
-    simulation = Simulation(num_blocks=128, block_size=16, token_budget=64, max_running=32)
-    for number in range(31):
-        simulation.admit(make_request(number, [2] * 4, 20 * (number + 1), ends=False))
-    simulation.admit(make_request(31, [3] * 1520, 50, ends=False))
-    while simulation.scheduler.has_work:
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(prompts(), st.integers(20, 60)), min_size=4, max_size=12),
+    st.lists(st.booleans(), max_size=150),
+    st.booleans(),
+)
+def test_no_request_is_preempted_more_often_than_it_may(
+    wanted: list[tuple[list[int], int]], pauses: list[bool], prefix_cache: bool
+) -> None:
+    """Also when readers fall behind at random, so that older requests come back beside younger ones."""
+    simulation = Simulation(num_blocks=40, block_size=2, token_budget=16, max_running=8, prefix_cache=prefix_cache)
+    for number, (prompt, max_new_tokens) in enumerate(wanted):
+        simulation.admit(make_request(number, prompt, max_new_tokens, ends=False))
+    for number, pause in enumerate(pauses):
+        queue = simulation.scheduler.running if pause else simulation.scheduler.paused
+        if queue:
+            simulation.turn(queue[number % len(queue)])
         simulation.step()
+    simulation.run_to_the_end()
     simulation.check_answers()
-    assert simulation.scheduler.num_preemptions_total > 0
-    assert max(request.num_preemptions for request in simulation.requests) <= 3
+    assert max(request.num_preemptions for request in simulation.requests) <= MAX_PREEMPTIONS

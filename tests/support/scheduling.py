@@ -1,4 +1,4 @@
-"""What stands in for a model beneath the scheduler: pages that remember what was computed for them, and their driver."""
+"""What stands in for a model beneath the scheduler: pages that remember what was computed, and a driver."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class Simulation:
             self.step()
 
     def check_answers(self) -> None:
-        """After the end: nobody holds a block, and every answer is the oracle's, or a beginning of it if interrupted."""
+        """At the end nobody holds a block, and every answer is the oracle's, or a beginning of it if interrupted."""
         assert not self.scheduler.has_work
         assert self.pool.num_active == 0
         for request in self.requests:
