@@ -73,6 +73,12 @@ def _one_of(*allowed: object) -> Parse:
     return parse
 
 
+def _switch(value: object) -> bool:
+    if value is True or value is False:
+        return value
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
 def _seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{value!r} is not a number of seconds, 0 or more")
@@ -149,7 +155,7 @@ _PARSERS: Mapping[str, Parse] = {
     "kv_memory": parse_size,
     "max_context": _integer(2),  # one token of prompt, one of answer
     "page_size": _one_of(16, 32, 64, 128),  # what the attention kernels take
-    "prefix_cache": _one_of(True, False),
+    "prefix_cache": _switch,
     "token_budget": _integer(1),
     "target_gap_ms": _milliseconds,
     "max_running": _integer(1),

@@ -246,9 +246,12 @@ class Engine:
             self._publish(publication)
         scheduler = self._scheduler
         self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, self._seconds_per_token)
-        self._metrics.set_recomputation(scheduler.num_preemptions_total, scheduler.recomputed_tokens_total)
-        self._metrics.set_prefix_cache(
-            scheduler.queried_tokens_total, scheduler.hit_tokens_total, self._pool.num_evictions_total
+        self._metrics.set_reuse(
+            preemptions=scheduler.num_preemptions_total,
+            recomputed_tokens=scheduler.recomputed_tokens_total,
+            queried_tokens=scheduler.queried_tokens_total,
+            hit_tokens=scheduler.hit_tokens_total,
+            evicted_blocks=self._pool.num_evictions_total,
         )
         self._metrics.snapshot = EngineSnapshot(
             running_contexts=[request.num_tokens for request in scheduler.running],

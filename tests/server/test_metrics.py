@@ -172,8 +172,9 @@ def test_refusals_count_as_rejected_requests_with_a_duration(make_metrics: MakeM
 
 def test_preemption_totals_are_the_schedulers(make_metrics: MakeMetrics) -> None:
     metrics = make_metrics()
-    metrics.set_recomputation(1, 100)
-    metrics.set_recomputation(2, 120)
+    reuse = {"queried_tokens": 50, "hit_tokens": 30, "evicted_blocks": 4}
+    metrics.set_reuse(preemptions=1, recomputed_tokens=100, **reuse)
+    metrics.set_reuse(preemptions=2, recomputed_tokens=120, **reuse)
     assert values(metrics, "preemptions_total", "reason") == {"out_of_blocks": 2}
     assert values(metrics, "recomputed_tokens_total") == {"": 120}
 
