@@ -378,7 +378,7 @@ def submit_at_random(rig: Rig, seed: int) -> list[Job]:
         if rng.random() < 0.06:
             rig.runner.faults[request_id] = NonFiniteLogitsError(request_id)
         deadline = rig.engine.clock() + rng.randint(0, 4000) if rng.random() < 0.4 else None
-        prompt, answer = "x" * rng.randint(1, 30), rng.randint(1, 25)
+        prompt, answer = f"{number}/{seed}".ljust(rng.randint(1, 30), "x"), rng.randint(1, 25)
         jobs.append(rig.submit(request_id, prompt=prompt, max_new_tokens=answer, deadline=deadline))
         if rng.random() < 0.4:
             rig.engine.inbox.cancel(rng.choice(jobs))  # ended, running, waiting or cancelled before
