@@ -22,7 +22,7 @@ serve: setup  ## serve the default model until Ctrl-C
 	@$(BIN)/pagestream serve
 
 test: setup .venv/.test  ## every test that needs no GPU
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m "not gpu"
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadscope -m "not gpu"
 
 lint: .venv/.installed .venv/.test .venv/.lint build/tree  ## ruff, mypy, import-linter, buf, and fresh stubs
 	$(BIN)/ruff check .
