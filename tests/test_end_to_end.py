@@ -138,7 +138,9 @@ def test_a_prompt_over_the_pool_fails_at_once_and_blocks_nobody(server: ServerPr
     next(busy)
     started = time.monotonic()
     with ThreadPoolExecutor() as threads:
-        behind = threads.submit(client.stream, token_ids=pb.TokenIds(ids=range(100, 116)), stop=stop(8, ignore_eos=True))
+        behind = threads.submit(
+            client.stream, token_ids=pb.TokenIds(ids=range(100, 116)), stop=stop(8, ignore_eos=True)
+        )
         with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY"):
             client.stream(token_ids=pb.TokenIds(ids=[5] * 2048))
         assert time.monotonic() - started < 1
