@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from pagestream.model.config import ModelConfig
@@ -23,6 +25,11 @@ class KVCache:
         shape = (config.num_layers, num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
         self.storage = torch.empty(shape, dtype=dtype, device=device)
         self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in self.storage)
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Makes each target page, in every layer, a copy of its source; no page may be both."""
+        source, target = (torch.tensor(pages, device=self.storage.device) for pages in (sources, targets))
+        self.storage[:, target] = self.storage[:, source]
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -23,7 +23,19 @@ class Runner:
 
     def step(self, plan: StepPlan) -> StepResult:
         """Raises NonFiniteLogitsError, naming the request, where the network returns no usable distribution."""
+        self._copy_pages(plan)
         batch = build_batch(plan, self._cache.page_size, self._device)
         logits = self._network.logits(batch, self._cache)
         tokens = iter(sample(logits, [chunk for chunk in plan.chunks if chunk.samples]))
         return StepResult(tuple(next(tokens) if chunk.samples else None for chunk in plan.chunks))
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        page_size = self._cache.page_size
+        copies = [
+            (chunk.copy_from, chunk.block_ids[chunk.start // page_size])
+            for chunk in plan.chunks
+            if chunk.copy_from is not None
+        ]
+        if copies:
+            sources, targets = zip(*copies, strict=True)
+            self._cache.copy_pages(sources, targets)

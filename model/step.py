@@ -43,6 +43,7 @@ class Chunk:
     length: int
     block_ids: Sequence[int]  # pages of the request in order; hold positions 0 .. start + length - 1
     sampling: SamplingParams
+    copy_from: int | None = None  # a page whose slots below `start` belong into the page of position `start`, first
 
     @property
     def end(self) -> int:

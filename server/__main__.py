@@ -71,6 +71,9 @@ def serve(
     kv_memory: Annotated[str | None, _setting("For keys and values, such as 2GiB.", "from free memory")] = None,
     max_context: Annotated[int | None, _setting("Tokens of prompt and answer.", "the model's")] = None,
     page_size: Annotated[int | None, _setting("Tokens: 16, 32, 64 or 128.", ServerConfig.page_size)] = None,
+    prefix_cache: Annotated[
+        bool | None, _setting("Keep what was computed for prompts that begin alike.", ServerConfig.prefix_cache)
+    ] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
     target_gap_ms: Annotated[float | None, _setting("Gap beside long prompts.", ServerConfig.target_gap_ms)] = None,
     max_running: Annotated[int | None, _setting("Requests at once.", "64, or the token budget")] = None,

@@ -53,7 +53,7 @@ def assemble(
     )
     _warm_up(loaded, config.token_budget)
     max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
-    pool = BlockPool(loaded.plan.num_pages, config.page_size)
+    pool = BlockPool(loaded.plan.num_pages, config.page_size, prefix_cache=config.prefix_cache)
     scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
     pace = Pace(target_gap=config.target_gap_ms / 1000)

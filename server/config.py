@@ -73,6 +73,12 @@ def _one_of(*allowed: object) -> Parse:
     return parse
 
 
+def _switch(value: object) -> bool:
+    if value is True or value is False:
+        return value
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
 def _seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{value!r} is not a number of seconds, 0 or more")
@@ -116,6 +122,7 @@ class ServerConfig:
     kv_memory: int | None = None  # bytes
     max_context: int | None = None  # tokens
     page_size: int = 32  # tokens
+    prefix_cache: bool = True  # what requests have computed is kept for those that begin alike
     token_budget: int = 512  # tokens of one step
     target_gap_ms: float = 60.0  # between tokens of an answer, beside prompts being read
     max_running: int | None = None  # requests in one step; None: 64, or as many as the token budget serves
@@ -148,6 +155,7 @@ _PARSERS: Mapping[str, Parse] = {
     "kv_memory": parse_size,
     "max_context": _integer(2),  # one token of prompt, one of answer
     "page_size": _one_of(16, 32, 64, 128),  # what the attention kernels take
+    "prefix_cache": _switch,
     "token_budget": _integer(1),
     "target_gap_ms": _milliseconds,
     "max_running": _integer(1),

@@ -259,7 +259,13 @@ class Engine:
             self._publish(publication)
         scheduler = self._scheduler
         self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, self._pace.seconds_per_prompt_token)
-        self._metrics.set_recomputation(scheduler.num_preemptions_total, scheduler.recomputed_tokens_total)
+        self._metrics.set_reuse(
+            preemptions=scheduler.num_preemptions_total,
+            recomputed_tokens=scheduler.recomputed_tokens_total,
+            queried_tokens=scheduler.queried_tokens_total,
+            hit_tokens=scheduler.hit_tokens_total,
+            evicted_blocks=self._pool.num_evictions_total,
+        )
         self._metrics.snapshot = EngineSnapshot(
             running_contexts=[request.num_tokens for request in scheduler.running],
             waiting_contexts=[request.num_tokens for request in scheduler.waiting],
@@ -269,7 +275,7 @@ class Engine:
             free_blocks=self._pool.num_free,
             active_blocks=self._pool.num_active,
             cached_blocks=self._pool.num_cached,
-            leaked_blocks=self._pool.num_active - scheduler.num_held_blocks,
+            leaked_blocks=self._pool.num_references - scheduler.num_held_references,
             fruitless_steps=self._fruitless_steps,
         )
 

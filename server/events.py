@@ -42,6 +42,7 @@ class Finished:
 
     reason: FinishReason
     prompt_tokens: int
+    cached_tokens: int  # of the prompt
     output_tokens: int
     preemptions: int
     timings: Timings

@@ -70,6 +70,7 @@ class Job:
         return Finished(
             reason=reason,
             prompt_tokens=self.request.num_prompt_tokens,
+            cached_tokens=self.request.num_cached or 0,
             output_tokens=self.request.num_output_tokens,
             preemptions=self.request.num_preemptions,
             timings=self.timings(),

@@ -113,7 +113,10 @@ FAMILIES = (
     ),
     _counter("output_tokens_total", "Tokens generated"),
     _counter("preemptions_total", "Running requests sent back to the queue", reason=("out_of_blocks",)),
-    _counter("recomputed_tokens_total", "Tokens computed again after a preemption"),
+    _counter("recomputed_tokens_total", "Tokens computed again after a preemption or a pause"),
+    _counter("prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache, once per request"),
+    _counter("prefix_cache_hit_tokens_total", "Prompt tokens found there"),
+    _counter("prefix_cache_evicted_blocks_total", "Cached KV blocks that were needed for something else"),
     # The process.
     _counter("grpc_server_started_total", "RPCs begun", model=False, method=()),
     _counter("grpc_server_handled_total", "RPCs ended, by status code", model=False, method=(), code=()),

@@ -197,11 +197,17 @@ class Metrics:
         with self._lock:
             self._count("stream_backpressure_seconds_total", seconds)
 
-    def set_recomputation(self, preemptions: int, recomputed_tokens: int) -> None:
-        """Totals since the start: running requests sent back to the queue, and what was computed again for them."""
+    def set_reuse(
+        self, *, preemptions: int, recomputed_tokens: int, queried_tokens: int, hit_tokens: int, evicted_blocks: int
+    ) -> None:
+        """Totals since the start: what had to be computed again, and what need not be."""
         with self._lock:
             self._values["preemptions_total"]["out_of_blocks",] = preemptions
             self._values["recomputed_tokens_total"][()] = recomputed_tokens
+            self._values["prefix_cache_queried_tokens_total"][()] = queried_tokens
+            self._values["prefix_cache_hit_tokens_total"][()] = hit_tokens
+            self._values["prompt_tokens_total"]["cached",] = hit_tokens
+            self._values["prefix_cache_evicted_blocks_total"][()] = evicted_blocks
 
     # ---- called by the services
 

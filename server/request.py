@@ -44,8 +44,8 @@ class FinishReason(Enum):
 class Request:
     """One prompt on its way. `num_computed` tokens catch up with `tokens`; there are no phases.
 
-    `check` holds the invariants: 0 <= num_computed < len(tokens); its blocks cover its computed tokens until it is
-    FINISHED and holds none.
+    `check` holds the invariants: 0 <= num_computed < len(tokens); its blocks cover its computed tokens; it holds blocks
+    only while it runs.
     """
 
     request_id: str
@@ -64,7 +64,9 @@ class Request:
     state: RequestState = field(default=RequestState.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     num_preemptions: int = field(default=0, init=False)
-    num_computed_before: int = field(default=0, init=False)  # the most it had when preempted: up to here it recomputes
+    num_computed_before: int = field(default=0, init=False)  # the most it had before it waited again
+    num_cached: int | None = field(default=None, init=False)  # prompt tokens found in cache; None until it ran
+    copy_from: int | None = field(default=None, init=False)  # a page it holds until its beginning is copied to its own
     arrival: int | None = field(default=None, init=False)  # admission order; None until admitted
     has_started: bool = field(default=False, init=False)  # it has had a place in the batch
     num_passed_over: int = field(default=0, init=False)  # younger ones of its tenant that took a place first
@@ -115,7 +117,8 @@ class Request:
             "0 <= num_computed < len(tokens)": 0 <= self.num_computed < len(self.tokens),
             "blocks cover the computed tokens": self.is_finished
             or self.num_computed <= len(self.block_ids) * block_size,
-            "a finished request holds no blocks": not (self.is_finished and self.block_ids),
+            "only a running request holds blocks": self.state is RequestState.RUNNING
+            or (not self.block_ids and self.copy_from is None),
             "only a finished request has a reason": self.is_finished == (self.finish_reason is not None),
         }
         broken = [invariant for invariant, holds in invariants.items() if not holds]

@@ -9,27 +9,31 @@ The law, and why it holds:
 - Within one tenant and priority, and without pauses, requests start in order of arrival: the oldest runs whenever there
   is one, and the k-th oldest has finished after k * L steps, whatever arrives later. With priorities, one of four
   starts is the oldest's: where blocks suffice, it has finished after k * (4 * R + 1) * L steps.
-- A request that is paused keeps its place and, until others need them, its blocks. It counts as work again when it is
-  resumed. It may then find younger ones running where it was, but none starts before it.
+- A request that is paused keeps its place. It counts as work again when it is resumed. It may then find younger ones
+  running where it was, but none starts before it.
 - Decodes come first, and the budget holds a token for each running request. What they leave over, less if the caller
   limits it, the prompts that run share (`fair_share.py`): the oldest always gets some, and short ones need not wait for
   long ones. So a request starts as soon as there is room for it, not only when older prompts are read.
-- Blocks are released in one place, when a request has ended or others need them.
+- Only running requests hold blocks (`request_blocks.py`). What the others have computed is in the prefix cache until
+  the room is needed, so that a preemption costs what has been evicted when its request starts again.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
+from pagestream.server import request_blocks
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
 from pagestream.server.places import next_in_turn, take_turn
 from pagestream.server.request import FinishReason, Request, RequestState
+
+MAX_PREEMPTIONS = 3  # per request
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,9 @@ class Scheduler:
         self._num_admitted = 0
         self._in_flight: tuple[StepPlan, Sequence[Request]] | None = None  # planned, not committed
         self.num_preemptions_total = 0
-        self.recomputed_tokens_total = 0  # computed a second time, after a preemption
+        self.recomputed_tokens_total = 0  # computed a second time, after a preemption or a pause
+        self.queried_tokens_total = 0  # prompt tokens looked up in the prefix cache, once per request
+        self.hit_tokens_total = 0  # and found there
 
     @property
     def running(self) -> Sequence[Request]:
@@ -83,8 +89,9 @@ class Scheduler:
         return self._paused
 
     @property
-    def num_held_blocks(self) -> int:
-        return sum(len(request.block_ids) for request in self._live())
+    def num_held_references(self) -> int:
+        """How many references to blocks the requests have to give back: those of the pool, unless some are lost."""
+        return sum(map(len, map(request_blocks.held, self._running)))
 
     @property
     def num_waiting(self) -> int:
@@ -147,8 +154,10 @@ class Scheduler:
         ]
 
     def pause(self, request: Request) -> None:
-        """Takes a running request out of the batch. What a step in flight computes for it is computed again."""
+        """Takes a running request out of the batch. Its blocks stay in the cache until others need them; what a step in
+        flight computes for it is computed again."""
         self._running.remove(request)
+        self._give_up_blocks(request)
         request.state = RequestState.PAUSED
         insort(self._paused, request, key=_arrival)
 
@@ -159,23 +168,24 @@ class Scheduler:
         insort(self._waiting, request, key=_arrival)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """Ends a request in any state and frees its blocks at once; a no-op if it has ended.
+        """Ends a request in any state and lets go of its blocks at once; a no-op if it has ended.
 
-        A step in flight may still write to those blocks. That is safe because they get a new owner only in the next
-        plan, made after the step has run, and an owner writes each position before it reads it.
+        A step in flight may still write to those blocks, but only behind what they are known to hold. That is safe
+        because they get a new owner only in the next plan, made after the step has run, and an owner writes each
+        position before it reads it.
         """
         if request.is_finished:
             return
         queue = self._queues()[request.state]
         if request in queue:  # not so if it was refused
             queue.remove(request)
-        self._release_blocks(request)
+        request_blocks.release(self._pool, request)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 
     def check_integrity(self) -> None:
         """Raises RuntimeError if the pool, the requests and the queues disagree."""
-        self._pool.check_integrity(request.block_ids for request in self._live())
+        self._pool.check_integrity(map(request_blocks.held, self._running))
         for state, queue in self._queues().items():
             for request in queue:
                 request.check(self._pool.block_size)
@@ -194,42 +204,48 @@ class Scheduler:
             RequestState.PAUSED: self._paused,
         }
 
-    def _live(self) -> Iterator[Request]:
-        return chain(self._running, self._waiting, self._paused)
-
     def _next_to_start(self) -> Request | None:
         """The waiting request whose turn it is, if it may start: none starts before it, so it cannot starve.
 
         It must fit beside all that the running ones still have to compute, with some room for every answer to grow.
-        That room is four times larger after each preemption, until whole answers fit. So no request is preempted step
-        after step, and none waits for room that answers shorter than allowed never use.
+        That room is four times larger after each preemption, and whole answers beside a request that was preempted as
+        often as it may: then nothing that runs can run out of room. So no request is preempted step after step, and
+        none waits for room that answers shorter than allowed never use.
         """
         if not self._waiting or len(self._running) == self._max_running:
             return None
         first = next_in_turn(self._waiting, self._running)
-        growth = self._pool.block_size * 4**first.num_preemptions
+        candidates = (*self._running, first)
+        most = max(request.num_preemptions for request in candidates)
+        growth = 4 * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
         wanted = sum(
-            self._num_missing_blocks(request, min(request.num_tokens + growth, self._final_length(request)))
-            for request in (*self._running, first)
+            request_blocks.num_missing(
+                self._pool, request, min(request.num_tokens + growth, self._final_length(request))
+            )
+            for request in candidates
         )
-        lent = sum(len(request.block_ids) for request in chain(self._waiting, self._paused)) - len(first.block_ids)
-        return first if wanted <= self._pool.num_free + lent else None
+        room = self._pool.num_available
+        fits = wanted <= room or wanted - request_blocks.num_found_in_use(self._pool, first) <= room
+        return first if fits else None
 
     def _start(self, request: Request) -> None:
         take_turn(request, self._waiting)
         self._waiting.remove(request)
         request.state = RequestState.RUNNING
         insort(self._running, request, key=_arrival)
+        request_blocks.share_cached(self._pool, request)
 
     def _plan_chunk(self, request: Request, length: int, planned: dict[Request, Chunk]) -> None:
-        """Takes the blocks for the next `length` tokens. Those who do not run make room for them, then the youngest who
-        do. Who is preempted so, perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
+        """Takes the blocks for the next `length` tokens. If they are too few, the youngest are preempted. Who is so,
+        perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
         """
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
-        missing = self._num_missing_blocks(request, request.num_computed + length)
-        while missing > self._pool.num_free:
-            if not self._reclaim() and self._preempt_youngest() is request:
+        request_blocks.take_cached(self._pool, request, length)
+        length = min(length, request.num_uncomputed)
+        missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)
+        while missing > self._pool.num_available:
+            if self._preempt_youngest() is request:
                 return
         request.block_ids.extend(self._pool.allocate(missing))
         planned[request] = Chunk(
@@ -240,49 +256,39 @@ class Scheduler:
             length=length,
             block_ids=request.block_ids,
             sampling=request.sampling,
+            copy_from=request.copy_from,
         )
-
-    def _num_missing_blocks(self, request: Request, num_tokens: int) -> int:
-        return self._pool.blocks_for(num_tokens) - len(request.block_ids)
 
     def _final_length(self, request: Request) -> int:
         """The most tokens `request` will ever hold in the cache: its last token is never computed."""
         return min(request.num_prompt_tokens + request.max_new_tokens - 1, self._pool.capacity)
 
-    def _reclaim(self) -> bool:
-        """Takes the blocks of the youngest request that holds some and does not run. False if there is none."""
-        idle = [request for request in chain(self._waiting, self._paused) if request.block_ids]
-        if not idle:
-            return False
-        self._take_away_blocks(max(idle, key=_arrival))
-        return True
-
     def _preempt_youngest(self) -> Request:
         """Makes it wait without blocks."""
         request = self._running.pop()
-        self._take_away_blocks(request)
+        if request.num_computed:  # else nothing is lost
+            request.num_preemptions += 1
+            self.num_preemptions_total += 1
+        self._give_up_blocks(request)
         request.state = RequestState.WAITING
         insort(self._waiting, request, key=_arrival)
         return request
 
-    def _take_away_blocks(self, request: Request) -> None:
-        """It keeps its tokens, whose keys and values will be computed again."""
-        self._release_blocks(request)
+    def _give_up_blocks(self, request: Request) -> None:
+        """It keeps its tokens, and finds their keys and values again as far as nobody has needed the blocks."""
+        request_blocks.release(self._pool, request)
         request.num_computed_before = max(request.num_computed_before, request.num_computed)
-        if request.num_computed:  # else nothing is lost
-            request.num_computed = 0
-            request.num_preemptions += 1
-            self.num_preemptions_total += 1
-
-    def _release_blocks(self, request: Request) -> None:
-        self._pool.release(request.block_ids)
-        request.block_ids = []  # a new list: a chunk in flight still reads the old one
+        request.num_computed = 0
 
     def _advance(self, request: Request, chunk: Chunk, sampled: SampledToken | None) -> Advance:
         if chunk.samples != (sampled is not None):
             raise ValueError(f"the result for request {request.request_id} does not answer its chunk")
         self.recomputed_tokens_total += max(0, min(chunk.end, request.num_computed_before) - chunk.start)
-        request.num_computed = chunk.end
+        if request.num_cached is None:
+            request.num_cached = chunk.start
+            self.queried_tokens_total += request.num_prompt_tokens
+            self.hit_tokens_total += chunk.start
+        request_blocks.advance(self._pool, request, chunk.end)
         if sampled is not None:
             request.tokens.append(sampled.token_id)
             reason = request.reason_to_finish(self._pool.capacity)

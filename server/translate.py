@@ -54,6 +54,7 @@ def finished(event: events.Finished) -> pb.Finished:
         matched_stop_token_id=event.matched_stop_token_id,
         usage=pb.Usage(
             prompt_tokens=event.prompt_tokens,
+            cached_tokens=event.cached_tokens,
             output_tokens=event.output_tokens,
             preemptions=event.preemptions,
         ),

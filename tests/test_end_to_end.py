@@ -78,11 +78,9 @@ def test_answers_and_logprobs_are_those_of_transformers(client: Client, oracle: 
     assert answer.text == oracle_tokenizer.decode(answer.token_ids, skip_special_tokens=True)
 
     whole = client.generate(**fields)
-    assert (whole.text, list(whole.token_ids), list(whole.logprobs)) == (
-        answer.text,
-        answer.token_ids,
-        answer.logprobs,
-    )
+    assert (whole.text, list(whole.token_ids)) == (answer.text, answer.token_ids)
+    got = [entry.logprob for entry in whole.logprobs]  # its prompt was in the cache: one row, other sums in fp32
+    assert got == pytest.approx([entry.logprob for entry in answer.logprobs], abs=1e-4)
 
 
 def test_sampling_settings_reach_the_model(client: Client) -> None:
@@ -140,7 +138,9 @@ def test_a_prompt_over_the_pool_fails_at_once_and_blocks_nobody(server: ServerPr
     next(busy)
     started = time.monotonic()
     with ThreadPoolExecutor() as threads:
-        behind = threads.submit(client.stream, token_ids=pb.TokenIds(ids=range(16)), stop=stop(8, ignore_eos=True))
+        behind = threads.submit(
+            client.stream, token_ids=pb.TokenIds(ids=range(100, 116)), stop=stop(8, ignore_eos=True)
+        )
         with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY"):
             client.stream(token_ids=pb.TokenIds(ids=[5] * 2048))
         assert time.monotonic() - started < 1

@@ -150,7 +150,7 @@ def run(
             if advance.sampled is not None:
                 answers[advance.request].append(advance.sampled)
         scheduler.check_integrity()
-    assert pool.num_free == pool.num_blocks
+    assert pool.num_active == 0
     return list(answers.values()), scheduler
 
 

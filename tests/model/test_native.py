@@ -27,6 +27,7 @@ from pagestream.model.batch import Batch, build_batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
 from pagestream.model.network import Network
+from pagestream.model.packed import PackedMatrices
 from pagestream.model.quantization import Bits, Groups, quantize
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.model.weights import Weights, build_weights, expected_tensors
@@ -40,7 +41,7 @@ from tests.model.test_network_matches_transformers import (
     randomised,
 )
 
-ISAS = ("vnni", "avx512", "avx2", "baseline")
+ISAS = ("amx", "vnni", "avx512", "avx2", "baseline")
 LARGER = {**SIZES, "hidden_size": 64, "intermediate_size": 96}
 BASE = replace(OURS, hidden_size=64, intermediate_size=96)
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], ModelConfig]] = {
@@ -80,13 +81,14 @@ def bits_of(name: str) -> Bits:
 def quantized(model: PreTrainedModel, config: ModelConfig) -> Weights:
     """The model's matrices in groups; the model itself gets the values that groups stand for."""
     state = model.state_dict()
-    groups: dict[str, Callable[[], Groups]] = {}
+    groups: dict[str, Groups] = {}
     for name, shape in expected_tensors(config).items():
         if len(shape) == 2:
             packed = quantize(state[name], bits_of(name))
             state[name].copy_(values(packed))
-            groups[name] = lambda packed=packed: packed
-    return build_weights(config, state.__getitem__, torch.float32, CPU, groups=groups)
+            groups[name] = packed
+    quantized = PackedMatrices(dict.fromkeys(groups, 8), groups.__getitem__, [], None)
+    return build_weights(config, state.__getitem__, torch.float32, CPU, quantized=quantized)
 
 
 def values(groups: Groups) -> torch.Tensor:

@@ -19,18 +19,40 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(num_blocks=7, block_size=4)
         self.holders: list[list[int]] = []
+        self.kept: set[tuple[int, ...]] = set()
 
     @rule(count=st.integers(0, 8))
     def allocate(self, count: int) -> None:
         held = {block_id for holder in self.holders for block_id in holder}
         if count > 7 - len(held):
-            with pytest.raises(ValueError, match="free"):
+            with pytest.raises(ValueError, match="available"):
                 self.pool.allocate(count)
             return
         block_ids = self.pool.allocate(count)
         assert len(set(block_ids)) == count
         assert set(block_ids) <= set(range(7)) - held
         self.holders.append(block_ids)
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
+    def read(self, tokens: list[int]) -> None:
+        """As a request does: takes what is found, allocates the rest, has all of it found from then on."""
+        found = self.pool.find("", tokens, len(tokens))
+        assert all(tokens[: 4 * (i + 1)] in self.beginnings() for i in range(len(found.block_ids)))
+        self.pool.share(found.block_ids)
+        missing = self.pool.blocks_for(len(tokens)) - len(found.block_ids)
+        if missing > self.pool.num_available:
+            self.pool.release(found.block_ids)
+            return
+        block_ids = [*found.block_ids, *self.pool.allocate(missing)]
+        self.pool.keep("", tokens, block_ids, 4 * len(found.block_ids), len(tokens))
+        self.kept.add(tuple(tokens))
+        again = self.pool.find("", tokens, len(tokens))
+        assert again.block_ids == block_ids[: len(tokens) // 4]
+        assert again.num_copyable == len(tokens) % 4
+        self.holders.append(block_ids)
+
+    def beginnings(self) -> list[list[int]]:
+        return [list(tokens[:end]) for tokens in self.kept for end in range(len(tokens) + 1)]
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
@@ -48,7 +70,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release_or_share_what_nobody_holds(self, data: st.DataObject) -> None:
         unheld = set(range(-1, 8)) - {block_id for holder in self.holders for block_id in holder}
-        block_id = data.draw(st.sampled_from(sorted(unheld)))
+        block_id = data.draw(st.sampled_from(sorted(unheld - self.pool._cached.keys())))
         with pytest.raises(ValueError, match=f"nobody holds block {block_id}"):
             self.pool.release([block_id])
         with pytest.raises(ValueError, match=f"nobody holds block {block_id}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -37,10 +38,10 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
         "model": "m.gguf", "device": "cpu", "dtype": "bf16", "kv_dtype": "fp16", "host": "::1", "grpc_port": 0,
         "http_port": 0, "threads": 3, "kv_memory": 4096, "max_context": 77, "page_size": 128, "token_budget": 9,
         "max_running": 8, "max_queue_requests": 7, "max_queue_tokens": 6, "target_gap_ms": 7.5,
-        "slow_reader_seconds": 1.5, "drain_seconds": 0.5, "cache_dir": "/c",
+        "slow_reader_seconds": 1.5, "drain_seconds": 0.5, "cache_dir": "/c", "prefix_cache": False,
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(ServerConfig)}
-    file = write(tmp_path, "".join(f"{name} = {value!r}\n" for name, value in values.items()))
+    file = write(tmp_path, "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
     assert load_config(file, {}) == ServerConfig(**values | {"cache_dir": Path("/c")})  # type: ignore[arg-type]
 
 

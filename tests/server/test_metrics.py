@@ -170,12 +170,17 @@ def test_refusals_count_as_rejected_requests_with_a_duration(make_metrics: MakeM
     assert values(metrics, "request_duration_seconds_count", "outcome")["rejected"] == 2
 
 
-def test_preemption_totals_are_the_schedulers(make_metrics: MakeMetrics) -> None:
+def test_totals_of_reuse_are_the_schedulers(make_metrics: MakeMetrics) -> None:
     metrics = make_metrics()
-    metrics.set_recomputation(1, 100)
-    metrics.set_recomputation(2, 120)
+    reuse = {"queried_tokens": 50, "hit_tokens": 30, "evicted_blocks": 4}
+    metrics.set_reuse(preemptions=1, recomputed_tokens=100, **reuse)
+    metrics.set_reuse(preemptions=2, recomputed_tokens=120, **reuse)
     assert values(metrics, "preemptions_total", "reason") == {"out_of_blocks": 2}
     assert values(metrics, "recomputed_tokens_total") == {"": 120}
+    assert values(metrics, "prefix_cache_queried_tokens_total") == {"": 50}
+    assert values(metrics, "prefix_cache_hit_tokens_total") == {"": 30}
+    assert values(metrics, "prompt_tokens_total", "source")["cached"] == 30
+    assert values(metrics, "prefix_cache_evicted_blocks_total") == {"": 4}
 
 
 def test_active_streams_are_started_minus_handled(make_metrics: MakeMetrics) -> None:

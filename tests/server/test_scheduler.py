@@ -4,44 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pagestream.model.step import SampledToken, SamplingParams, StepPlan, StepResult
-from pagestream.server.block_pool import BlockPool
+from pagestream.model.step import SampledToken, StepPlan, StepResult
 from pagestream.server.errors import PromptExceedsKvCapacityError
-from pagestream.server.request import FinishReason, Request, RequestState
-from pagestream.server.scheduler import Advance, Scheduler
-
-EOS, STOP, WORD = 2, 3, 9
-
-
-def make_request(name: str, num_prompt_tokens: int, max_new_tokens: int = 8, *, capacity: bool = False) -> Request:
-    return Request(
-        request_id=name,
-        prompt=[WORD] * num_prompt_tokens,
-        sampling=SamplingParams(),
-        max_new_tokens=max_new_tokens,
-        max_tokens_is_capacity=capacity,
-        eos_token_ids=frozenset({EOS}),
-        stop_token_ids=frozenset({STOP}),
-    )
-
-
-def make_scheduler(
-    num_blocks: int = 64, *, block_size: int = 4, token_budget: int = 16, max_running: int = 8
-) -> tuple[BlockPool, Scheduler]:
-    pool = BlockPool(num_blocks, block_size)
-    return pool, Scheduler(pool, token_budget=token_budget, max_running=max_running)
-
-
-def answer(plan: StepPlan, token_id: int = WORD) -> StepResult:
-    return StepResult(tuple(SampledToken(token_id) if chunk.samples else None for chunk in plan.chunks))
-
-
-def step(scheduler: Scheduler, token_id: int = WORD) -> list[tuple[str, int, int]]:
-    """Runs one step that samples `token_id` and returns (request, start, length) of each chunk."""
-    plan = scheduler.plan()
-    scheduler.commit(plan, answer(plan, token_id))
-    scheduler.check_integrity()
-    return [(chunk.request_id, chunk.start, chunk.length) for chunk in plan.chunks]
+from pagestream.server.request import FinishReason, RequestState
+from pagestream.server.scheduler import Advance
+from tests.support.stepping import EOS, STOP, WORD, answer, make_request, make_scheduler, step
 
 
 def test_a_step_runs_decodes_first_then_prompt_chunks_within_one_budget() -> None:
@@ -118,49 +85,6 @@ def test_a_prompt_half_computed_keeps_the_room_for_its_other_half() -> None:
     assert scheduler.num_preemptions_total == 0
 
 
-def preempted_pair() -> tuple[BlockPool, Scheduler, Request, Request, list[tuple[str, int, int]]]:
-    """Two answers grow until the pool of 8 blocks is full; the last element is the step that preempts."""
-    pool, scheduler = make_scheduler(num_blocks=8, block_size=4)
-    old, young = make_request("old", 8, 20), make_request("young", 8, 20)
-    scheduler.admit(old)
-    scheduler.admit(young)
-    while scheduler.num_preemptions_total == 0:
-        chunks = step(scheduler)
-    return pool, scheduler, old, young, chunks
-
-
-def test_the_youngest_is_preempted_and_is_not_in_that_plan() -> None:
-    pool, _, old, young, chunks = preempted_pair()
-    assert chunks == [("old", 16, 1)]
-    assert (young.state, young.num_computed, young.block_ids) == (RequestState.WAITING, 0, [])
-    assert (young.num_output_tokens, young.num_preemptions, old.num_preemptions) == (9, 1, 0)
-    assert pool.num_active == len(old.block_ids) == 5
-
-
-def test_a_pause_keeps_place_and_blocks_until_others_need_them() -> None:
-    pool, scheduler = make_scheduler(num_blocks=6, block_size=4, max_running=2)
-    a, b = make_request("a", 8, 12), make_request("b", 4, 4)
-    for request in (a, b):
-        scheduler.admit(request)
-    step(scheduler)
-    scheduler.pause(a)
-    assert [step(scheduler) for _ in range(2)] == [[("b", 4, 1)], [("b", 5, 1)]]
-    assert (a.state, len(a.block_ids), a.num_computed) == (RequestState.PAUSED, 2, 8)
-    scheduler.admit(make_request("c", 16, 2))
-    scheduler.resume(a)
-    assert [request.request_id for request in scheduler.waiting] == ["a", "c"]
-    assert step(scheduler) == [("b", 6, 1), ("a", 8, 1)]
-    assert a.num_preemptions == 0
-    scheduler.pause(a)
-    assert step(scheduler) == [("c", 0, 16)]  # needs four of the six blocks
-    assert (a.block_ids, a.num_computed, a.num_preemptions) == ([], 0, 1)
-    scheduler.resume(a)
-    while scheduler.has_work:
-        step(scheduler)
-    assert a.num_output_tokens == 12
-    assert pool.num_free == 6
-
-
 def test_nothing_works_while_all_are_paused() -> None:
     _, scheduler = make_scheduler()
     request = make_request("a", 5)
@@ -172,30 +96,6 @@ def test_nothing_works_while_all_are_paused() -> None:
     assert scheduler.plan() == StepPlan(())
     scheduler.resume(request)
     assert step(scheduler) == [("a", 0, 5)]
-
-
-def test_a_preempted_request_waits_in_front_and_computes_its_tokens_again() -> None:
-    _, scheduler, old, _, _ = preempted_pair()
-    scheduler.admit(make_request("newcomer", 2))
-    assert [r.request_id for r in scheduler.waiting] == ["young", "newcomer"]
-    scheduler.finish(old, FinishReason.CANCELLED)
-    assert step(scheduler) == [("young", 0, 14), ("newcomer", 0, 2)]
-    assert scheduler.recomputed_tokens_total == 14
-    assert step(scheduler)[1] == ("young", 14, 3)
-    assert scheduler.recomputed_tokens_total == 16
-
-
-def test_only_what_was_computed_before_counts_as_recomputed() -> None:
-    """20 tokens, 8 a step, preempted after 16 and again after 8 of them: 8 + 16 were computed twice."""
-    _, scheduler = make_scheduler(token_budget=8)
-    scheduler.admit(make_request("a", 20))
-    for steps in (2, 1):
-        for _ in range(steps):
-            step(scheduler)
-        scheduler._preempt_youngest()
-    for _ in range(5):
-        step(scheduler)
-    assert scheduler.recomputed_tokens_total == 8 + 16
 
 
 @pytest.mark.parametrize(
@@ -227,7 +127,7 @@ def test_an_answer_that_outgrows_the_pool_ends_instead_of_blocking_it() -> None:
         step(scheduler)
     assert request.finish_reason is FinishReason.MAX_CONTEXT
     assert request.num_tokens == 8 + 1  # the pool is full, and its last token's successor is known
-    assert pool.num_free == 2
+    assert pool.num_active == 0
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [1024, 2048])
@@ -247,7 +147,7 @@ def test_a_prompt_larger_than_the_pool_is_refused_and_blocks_nobody(num_prompt_t
     while scheduler.has_work:
         step(scheduler)
     assert (short.finish_reason, longest.finish_reason) == (FinishReason.MAX_TOKENS, FinishReason.MAX_CONTEXT)
-    assert pool.num_free == 64
+    assert pool.num_active == 0
 
 
 def test_no_block_is_kept_for_an_answers_last_token_which_is_never_computed() -> None:

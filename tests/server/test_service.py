@@ -28,6 +28,8 @@ def test_generate_is_the_stream_gathered(service: Service) -> None:
     streamed, whole = service.client.stream(**fields), service.client.generate(**fields)
     for times in (streamed.finished, whole.finished):
         times.ClearField("timings")
+    assert whole.finished.usage.cached_tokens == 17  # all but the last
+    whole.finished.usage.ClearField("cached_tokens")
     assert whole == pb.GenerateResponse(
         accepted=streamed.accepted, text=streamed.text, token_ids=streamed.token_ids, finished=streamed.finished
     )

@@ -21,7 +21,7 @@ from tests.support.fakes import make_job
 from tests.support.waiting import WAIT
 
 T = TypeVar("T")
-END = Finished(FinishReason.MAX_TOKENS, 3, 2, 0, Timings(None, None, None, None))
+END = Finished(FinishReason.MAX_TOKENS, 3, 0, 2, 0, Timings(None, None, None, None))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -90,7 +90,7 @@ class ServerProcess:
             return not any(map(self.metric, busy)) and self.metric("kv_blocks", state="active") == 0
 
         wait_until(idle, "the server is idle")
-        assert self.metric("kv_blocks", state="free") == self.metric("kv_blocks") > 0
+        assert self.metric("kv_blocks", state="active") == 0 < self.metric("kv_blocks")
 
     def resources(self) -> tuple[int, int]:
         """How many files and threads it has open."""
