@@ -16,7 +16,8 @@ extern "C" {
 extern const pagestream::AttentionKernel pagestream_attention_baseline;
 extern const pagestream::LinearKernel pagestream_linear_baseline;
 #if defined(__x86_64__)
-extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512, pagestream_attention_amx;
+extern const pagestream::AttentionKernel pagestream_attention_avx2, pagestream_attention_avx512,
+    pagestream_attention_amx;
 extern const pagestream::LinearKernel pagestream_linear_avx2, pagestream_linear_vnni;
 #endif
 }
