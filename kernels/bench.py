@@ -4,7 +4,8 @@
 9 query and 3 KV heads of size 64 in bf16 (SmolLM2-135M) and 32/8 heads of size 128 (Llama-3.1-8B):
 
 - decode: one new row over 1k, 4k and 8k cached tokens. A ring of caches larger than L2 is walked, so KV comes from
-  beyond it. Pages of 32, a head's keys and values side by side, as the server keeps them. SDPA gets contiguous keys and values of the same dtype and `enable_gqa`: it pays for no paging.
+  beyond it. Pages of 32, a head's keys and values side by side, as the server keeps them. SDPA gets contiguous keys and
+  values of the same dtype and `enable_gqa`: it pays for no paging.
 - prefill: 512 and 2048 rows, causal, in float32 (the exact mode) and bf16; then the last 512 rows of 8k in bf16.
 
 Ours and SDPA alternate; medians of the repetitions. GB/s counts the KV bytes a step must read once. Prints a table, and

@@ -17,7 +17,7 @@ constexpr int kPanel = 16;                      // rows of a tile register
 constexpr int kDepth = 32;                      // bfloat16 numbers in one of its rows
 constexpr int kTileElements = kPanel * kDepth;
 
-constexpr Tiles::Shape kFull{kPanel, kDepth * sizeof(BFloat16)};
+constexpr TileShape kFull{kPanel, kDepth * sizeof(BFloat16)};
 
 // A is row-major; for each tile row of B it has kParts blocks of kDepth columns, whose products are added. B is made of
 // tiles (rows of pairs), `column` apart, the next step's `step` on. Four tiles of C keep four chains of products going.
@@ -109,16 +109,20 @@ inline void transpose_pairs(const BFloat16* from, int64_t row_stride, BFloat16* 
   for (int i = 0; i < kPanel; ++i) memcpy(to + i * kDepth, &square[i], sizeof(Float));
 }
 
-// The first lines of what is read next: they start the hardware's streams, which then run ahead of the loop.
-inline void prefetch_rows(const PagedRows<BFloat16>& rows, int position, int end) {
-  if (position >= end) return;
-  const char* start = reinterpret_cast<const char*>(rows.at(position));
-  for (int line = 0; line < 4; ++line) __builtin_prefetch(start + line * 64, 0, 2);
+// Into L2, a kilobyte of what is read a tile later: in small portions, so that reading never waits for computing.
+inline void prefetch(const void* start) {
+  for (int byte = 0; byte < 1024; byte += 64) __builtin_prefetch(static_cast<const char*>(start) + byte, 0, 2);
 }
 
 // scores[row][key] of at most 16 rows, whose transposed tiles are `query`: over 64 keys, as they lie in their page.
 template <int kParts>
-void score_few(const PagedRows<BFloat16>& keys, int begin, int stop, const BFloat16* query, int rows, float* scores) {
+void score_few(const PagedRows<BFloat16>& keys, int begin, int stop, int last, const BFloat16* query, int rows,
+               float* scores) {
+  const BFloat16* ahead[4];
+  for (int i = 0; i < 4; ++i) {
+    const int key = begin + kTile + i * kPanel;
+    ahead[i] = key < last ? keys.at(key) : nullptr;
+  }
   const BFloat16* block[4];  // past the end, keys that nobody looks at
   for (int i = 0; i < 4; ++i) block[i] = keys.at(min(begin + i * kPanel, (stop - 1) / kPanel * kPanel));
   finish_stores();
@@ -131,15 +135,19 @@ void score_few(const PagedRows<BFloat16>& keys, int begin, int stop, const BFloa
     const int64_t row_bytes = keys.head_size * sizeof(BFloat16);
     _tile_loadd(6, q, 64);
     if constexpr (kParts == 2) _tile_loadd(7, q + kTileElements, 64);
+    if (ahead[0] != nullptr) prefetch(ahead[0] + d * kPanel);
     _tile_loadd(4, block[0] + d, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kParts == 2) _tile_dpbf16ps(0, 4, 7);
+    if (ahead[1] != nullptr) prefetch(ahead[1] + d * kPanel);
     _tile_loadd(5, block[1] + d, row_bytes);
     _tile_dpbf16ps(1, 5, 6);
     if constexpr (kParts == 2) _tile_dpbf16ps(1, 5, 7);
+    if (ahead[2] != nullptr) prefetch(ahead[2] + d * kPanel);
     _tile_loadd(4, block[2] + d, row_bytes);
     _tile_dpbf16ps(2, 4, 6);
     if constexpr (kParts == 2) _tile_dpbf16ps(2, 4, 7);
+    if (ahead[3] != nullptr) prefetch(ahead[3] + d * kPanel);
     _tile_loadd(5, block[3] + d, row_bytes);
     _tile_dpbf16ps(3, 5, 6);
     if constexpr (kParts == 2) _tile_dpbf16ps(3, 5, 7);
@@ -172,18 +180,21 @@ inline void interleave(__m512i even, __m512i odd, BFloat16* first, BFloat16* sec
 }
 
 // 64 values as tiles of pairs of keys: 32 keys after 32 keys, each D / 16 tiles. From `stop` on they are 0.
-void pack_values(const PagedRows<BFloat16>& values, int begin, int stop, BFloat16* to) {
+void pack_values(const PagedRows<BFloat16>& values, int begin, int stop, int last, BFloat16* to) {
   const int size = values.head_size;
   for (int key = begin; key < begin + kTile; key += kPanel) {
     const BFloat16* row = key < stop ? values.at(key) : nullptr;
+    const BFloat16* const ahead = key + kTile < last ? values.at(key + kTile) : nullptr;
     BFloat16* const tiles = to + (key - begin) / kDepth * kDepth * size + (key - begin) % kDepth / 2 * kDepth;
-    for (int i = 0; i < kPanel; i += 2, row += 2 * size)
+    for (int i = 0; i < kPanel; i += 2, row += 2 * size) {
+      if (ahead != nullptr && i * size % 512 == 0) prefetch(ahead + i * size);
       for (int d = 0; d < size; d += kDepth) {
         const __m512i even = key + i < stop ? _mm512_loadu_si512(row + d) : __m512i{};
         const __m512i odd = key + i + 1 < stop ? _mm512_loadu_si512(row + size + d) : __m512i{};
         BFloat16* const at = tiles + d / kPanel * kTileElements + i / 2 * kDepth;
         interleave(even, odd, at, at + kTileElements);
       }
+    }
   }
 }
 

@@ -177,14 +177,10 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
     tile = min((split + 1) * kTilesPerSplit, s.tile_end);
     const int stop = min(tile * kTile, end), count = round_up(stop - begin, kTile);
     for (int key = begin; key < stop; key += kTile) {  // in the order in which memory holds a page
-      for (int next = key + kTile; next < key + 2 * kTile; next += kDepth) {
-        prefetch_rows(keys, next, last);
-        prefetch_rows(values, next, last);
-      }
       const int at = key - begin;
-      if (few) score(keys, key, stop, scratch.keys, rows, scratch.scores + at);
+      if (few) score(keys, key, stop, last, scratch.keys, rows, scratch.scores + at);
       else pack_keys(keys, key, stop, scratch.keys + at * size);
-      pack_values(values, key, stop, scratch.values + at * size);
+      pack_values(values, key, stop, last, scratch.values + at * size);
     }
     for (int first = 0; first < rows; first += 2 * kPanel) {
       const int panel_rows = min(2 * kPanel, rows - first);
