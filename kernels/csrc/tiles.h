@@ -116,9 +116,9 @@ void write_page_masses(const AttentionParams& p, const Row& row, const float* we
   }
 }
 
-// Scores, weights and output of up to 32 rows from row `first` of the block on, over the keys [begin, stop).
+// Weights and softmax states, from their scores, of up to 32 rows from row `first` of the block on: keys [begin, stop).
 template <bool kWithStats>
-void attend_panels(const AttentionParams& p, const TileScratch& scratch, int first, int rows, int begin, int stop,
+void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int first, int rows, int begin, int stop,
                    Softmax* part) {
   const int count = round_up(stop - begin, kTile);
   const float c = fabsf(p.scale) * kLog2E;
@@ -189,7 +189,7 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
         else score_many<2>(scratch, first, panel_rows, count, size);
       }
       Softmax part[2 * kPanel];
-      attend_panels<kWithStats>(p, scratch, first, panel_rows, begin, stop, part);
+      weigh_panels<kWithStats>(p, scratch, first, panel_rows, begin, stop, part);
       sum_values(scratch, panel_rows, count, size);
       for (int r = 0; r < panel_rows; ++r) {
         const float* const out = scratch.out + r * size;
