@@ -4,8 +4,9 @@
 9 query and 3 KV heads of size 64 in bf16 (SmolLM2-135M) and 32/8 heads of size 128 (Llama-3.1-8B):
 
 - decode: one new row over 1k, 4k and 8k cached tokens. A ring of caches larger than L2 is walked, so KV comes from
-  beyond it. SDPA gets contiguous keys and values of the same dtype and `enable_gqa`: it pays for no paging.
-- prefill: 512 and 2048 rows, causal, in float32 (the exact mode) and bf16.
+  beyond it. Pages of 32, a head's keys and values side by side, as the server keeps them. SDPA gets contiguous keys and
+  values of the same dtype and `enable_gqa`: it pays for no paging.
+- prefill: 512 and 2048 rows, causal, in float32 (the exact mode) and bf16; then the last 512 rows of 8k in bf16.
 
 Ours and SDPA alternate; medians of the repetitions. GB/s counts the KV bytes a step must read once. Prints a table, and
 one JSON document as the last line.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from pagestream.kernels import build, paged_attention
 
-_PAGE_SIZE = 64
+_PAGE_SIZE = 32
 _RING_BYTES = 64 << 20
 _REPETITIONS = 15
 
@@ -69,9 +70,8 @@ class Workload:
         self._copies = max(1, min(64, _RING_BYTES // shape.kv_bytes)) if shape.kind == "decode" else 1
         self._turn = 0
         pages = shape.context // _PAGE_SIZE
-        size = (self._copies * pages, shape.num_kv_heads, _PAGE_SIZE, shape.head_size)
-        self._key_cache = torch.randn(size).to(shape.dtype)
-        self._value_cache = torch.randn(size).to(shape.dtype)
+        size = (self._copies * pages, shape.num_kv_heads, 2, _PAGE_SIZE, shape.head_size)
+        self._key_cache, self._value_cache = torch.randn(size).to(shape.dtype).unbind(2)
         order = torch.randperm(self._copies * pages, dtype=torch.int32).view(self._copies, 1, pages)
         self._tables = order.contiguous()
         self._dense = [(self._contiguous(self._key_cache, t), self._contiguous(self._value_cache, t)) for t in order]
@@ -80,6 +80,8 @@ class Workload:
         self._starts = torch.tensor([0, shape.rows], dtype=torch.int32)
         self._length = torch.tensor([shape.context], dtype=torch.int32)
         self._stats = torch.empty(shape.rows, shape.num_heads, 5)
+        seen = torch.ones(shape.rows, shape.context, dtype=torch.bool).tril(shape.context - shape.rows)
+        self._mask = None if shape.rows in {1, shape.context} else seen  # SDPA's own causal mask starts at row 0
 
     @staticmethod
     def _contiguous(cache: Tensor, table: Tensor) -> Tensor:
@@ -106,7 +108,12 @@ class Workload:
         self._turn += 1
         keys, values = self._dense[self._turn % self._copies]
         torch.nn.functional.scaled_dot_product_attention(
-            self._query.transpose(0, 1).unsqueeze(0), keys, values, is_causal=self._shape.rows > 1, enable_gqa=True
+            self._query.transpose(0, 1).unsqueeze(0),
+            keys,
+            values,
+            attn_mask=self._mask,
+            is_causal=self._shape.rows == self._shape.context > 1,
+            enable_gqa=True,
         )
 
 
@@ -155,6 +162,7 @@ def main() -> None:
     heads = ((9, 3, 64), (32, 8, 128))
     shapes = [Shape("decode", *h, torch.bfloat16, n, 1) for h in heads for n in (1024, 4096, 8192)]
     shapes += [Shape("prefill", *heads[0], d, n, n) for d in (torch.float32, torch.bfloat16) for n in (512, 2048)]
+    shapes.append(Shape("prefill", *heads[0], torch.bfloat16, 8192, 512))
     results = []
     for shape in shapes:
         r = measure(shape)

@@ -110,8 +110,9 @@ def paged_attention(
     tokens, the new rows included and already stored. Row i of sequence s, of q_len = query_starts[s + 1] -
     query_starts[s], sits at position context_lengths[s] - q_len + i and attends to the positions up to its own, and
     above its own - `window` when `window` is positive. Slots and block-table entries beyond a sequence are not read.
-    Scores are `scale` * <q, k>; all arithmetic is float32 whatever the dtypes (CUDA: but for weights, which multiply
-    the values in the dtype of the query, or in float16 when the caches are e4m3).
+    Scores are `scale` * <q, k>; all arithmetic is float32 whatever the dtypes, but for these. CUDA: weights multiply
+    the values in the dtype of the query, or in float16 when the caches are e4m3. A CPU with AMX, bfloat16 caches and D
+    a multiple of 64: weights multiply the values in bfloat16, and a wider query counts with 16 bits.
 
     Caches of float8_e4m3fn (CUDA; elsewhere the reference) hold keys and values divided by `key_scales` and
     `value_scales`, float32 `[Hkv]`, 1 by default.

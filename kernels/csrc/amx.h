@@ -28,32 +28,26 @@ inline bool may_use_amx() {
 // The intrinsics of GCC do not say that tile loads read memory: without this, stores could move behind them.
 inline void finish_stores() { asm volatile("" ::: "memory"); }
 
-// The shapes of the eight tile registers, in effect in this thread while the object lives. A tile has at most 16 rows
-// of 64 bytes. Released at the end: whoever else computes in this thread (oneDNN) brings a configuration of its own.
-class Tiles {
- public:
-  struct Shape {
-    uint8_t rows;
-    uint16_t bytes_per_row;
-  };
-
-  explicit Tiles(const Shape (&shapes)[8]) {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes_per_row[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) {
-      config.bytes_per_row[i] = shapes[i].bytes_per_row;
-      config.rows[i] = shapes[i].rows;
-    }
-    finish_stores();
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+struct TileShape {
+  uint8_t rows;            // at most 16
+  uint16_t bytes_per_row;  // at most 64
 };
+
+// Shapes the eight tile registers of this thread, until _tile_release(): to be called before others compute in this
+// thread (oneDNN brings a configuration of its own). Not an object with a destructor: that would need exceptions.
+inline void configure_tiles(const TileShape (&shapes)[8]) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) {
+    config.bytes_per_row[i] = shapes[i].bytes_per_row;
+    config.rows[i] = shapes[i].rows;
+  }
+  finish_stores();
+  _tile_loadconfig(&config);
+}
 #endif
 
 }  // namespace

@@ -183,9 +183,10 @@ void run(const AttentionParams& p, const Segment* segments, int64_t count, float
 #if defined(__AMX_BF16__)
   if (fits_tiles(p)) {
     const TileScratch scratch(p, memory);
-    const Tiles tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
+    configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
     const auto run_one = with_stats ? run_tiles<true> : run_tiles<false>;
     for (int64_t i = 0; i < count; ++i) run_one(p, segments[i], scratch, workspace);
+    _tile_release();
     return;
   }
 #endif

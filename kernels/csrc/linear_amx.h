@@ -172,18 +172,19 @@ void run_pair(const LinearParams& p, const int64_t (&blocks)[kPair], int64_t beg
 
 template <int kBits>
 void run_tiles(const LinearParams& p, int64_t begin, int64_t end) {
-  Tiles::Shape shapes[8];
+  TileShape shapes[8];
   for (int tile = 0; tile < 8; ++tile) {
     const bool codes = tile >= 6, x = tile >= 4 && !codes;
     shapes[tile].rows = static_cast<uint8_t>(codes ? (kBits == 4 ? 2 * kQuads : kQuads) : tile_height(p));
     shapes[tile].bytes_per_row = x && kBits == 8 ? kGroupBytes / 2 : kGroupBytes;
   }
-  const Tiles tiles(shapes);
+  configure_tiles(shapes);
   Scratch scratch;
   for (int64_t row = 0; row < p.rows; row += kChunkRows)
     for (int64_t block = begin; block < end; block += kPair)  // the last of an odd number is its own partner
       run_pair<kBits>(p, {block, block + 1 < end ? block + 1 : block}, row,
                       row + kChunkRows < p.rows ? row + kChunkRows : p.rows, scratch);
+  _tile_release();
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8 };  // kFloa
 // that is why a row has the same bits alone, in any batch, under any chunking and on any number of threads.
 constexpr int kTile = 64;            // keys converted to float32 at a time
 constexpr int kTilesPerSplit = 4;    // 256 keys share one softmax state; splits are merged in order
-constexpr int kMaxRowsPerBlock = 64; // query rows (positions x heads of one group) that share a converted tile
+constexpr int kMaxRowsPerBlock = 128;  // query rows (positions x heads of one group) that share a converted tile
 
 struct AttentionParams {
   const void* query;        // [T, Hq, D]

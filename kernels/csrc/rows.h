@@ -1,4 +1,4 @@
-// One query row: where it sits, what it may see, its statistics, its output. Shared by the float32 and the tile kernels.
+// One query row: where it sits, what it may see, its statistics, its output: for the float32 and the tile kernel.
 #pragma once
 
 #include "kv_tile.h"

@@ -35,9 +35,13 @@ inline Float load(const float* p) {
 inline Float load_wide(const float* p) { return load(p); }
 
 inline Float load_wide(const BFloat16* p) {
+#if defined(__AVX512F__)  // GCC widens in halves
+  return (Float)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#else
   UShort x;
   memcpy(&x, p, sizeof x);
   return (Float)(__builtin_convertvector(x, UInt) << 16);
+#endif
 }
 
 inline Float load_wide(const Float16* p) {
@@ -84,7 +88,14 @@ inline Int lane_index() {
 #endif
 }
 
-inline Float max(Float a, Float b) { return a > b ? a : b; }
+// b where either is NaN.
+inline Float max(Float a, Float b) {
+#if defined(__AVX512F__)  // GCC compares and blends
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // Folds the upper half of the lanes onto the lower, until one is left: a fixed order.
 template <typename Combine>
@@ -127,7 +138,7 @@ inline Float exp2(Float x) {
   return x <= kMinExponent ? Float{} : power;
 }
 
-inline Float clamp_exponent(Float x) { return x < kMinExponent ? broadcast(kMinExponent) : x; }
+inline Float clamp_exponent(Float x) { return max(broadcast(kMinExponent), x); }
 
 inline float exp2(float x) { return exp2(clamp_exponent(broadcast(x)))[0]; }
 

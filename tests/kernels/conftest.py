@@ -246,7 +246,8 @@ def compare(name: str, actual: object, expected: object, tolerance: object) -> N
 
 def check_against_oracle(batch: Batch, result: Result) -> None:
     out, stats, masses, spread = oracle(batch)
-    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[batch.query.dtype]
+    roundings = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # of results, and of weights beside such values
+    rounding = max(roundings.get(tensor.dtype, 0.0) for tensor in (batch.query, batch.key_cache))
     largest_value = max(float(v.float().abs().max()) for v in batch.values)
     compare("out", result.out, out, 5e-6 * largest_value + rounding * (np.abs(out) + spread))
     largest_score = float(np.abs(stats[..., 0]).max(initial=0))

@@ -22,7 +22,9 @@ CASES = {
     "page 32, group 3, D 80": (DECODES, {"heads": (9, 3), "page_size": 32, "head_size": 80}),
     "page 128, group 8, D 128": (MIXED, {"heads": (8, 1), "page_size": 128, "head_size": 128}),
     "group 5, D 96": (DECODES, {"heads": (5, 1), "head_size": 96}),
-    "group 70: more than a block of rows": ([(3, 70), (1, 300)], {"heads": (70, 1), "head_size": 16}),
+    "group 130: more than a block of rows": ([(3, 70), (1, 300)], {"heads": (130, 1), "head_size": 16}),
+    "group 130, D 64": ([(2, 70)], {"heads": (130, 1)}),
+    "negative scale": (MIXED, {"scale": -0.2}),
     "D 16": (MIXED, {"heads": (4, 2), "head_size": 16, "page_size": 16}),
     "D 24: not a multiple of a vector": (MIXED, {"heads": (4, 2), "head_size": 24}),
     "window 1": (MIXED, {"window": 1}),
@@ -43,8 +45,10 @@ def test_equals_float64(attend, helpers, name, dtype):
     helpers.check_against_oracle(batch, attend(batch))
 
 
-def test_cache_may_be_narrower_than_query(attend, helpers):
-    batch = helpers.random_batch([(3, 100)], dtype=torch.bfloat16, query_dtype=torch.float32)
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.float16], ids=str)
+def test_cache_may_be_narrower_than_query(attend, helpers, query_dtype):
+    """Statistics keep the float32 tolerance: scores see all of a wide query."""
+    batch = helpers.random_batch([(3, 100), (60, 600)], dtype=torch.bfloat16, query_dtype=query_dtype)
     helpers.check_against_oracle(batch, attend(batch))
 
 

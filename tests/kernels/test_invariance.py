@@ -26,13 +26,22 @@ def rows_of(batch, sequence, rows):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "query_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("window", [0, 150])
-@pytest.mark.parametrize("head_size", [64, 80])
-def test_alone_in_a_batch_and_in_any_chunks(cpp_attend, helpers, dtype, window, head_size):
+@pytest.mark.parametrize(("head_size", "heads"), [(64, (9, 3)), (80, (6, 2)), (128, (17, 1))])
+def test_alone_in_a_batch_and_in_any_chunks(cpp_attend, helpers, dtype, query_dtype, window, head_size, heads):
     lengths = [(1, 900), (300, 700), (1, 3), (40, 40)]
-    options = {"dtype": dtype, "window": window, "head_size": head_size, "page_size": 32}
-    batch = helpers.random_batch(lengths, heads=(6, 2), **options)
+    options = {"dtype": dtype, "query_dtype": query_dtype, "window": window, "head_size": head_size}
+    batch = helpers.random_batch(lengths, heads=heads, page_size=32, **options)
     together = cpp_attend(batch)
     for sequence, (new, _) in enumerate(lengths):
         begin = int(batch.query_starts[sequence])
