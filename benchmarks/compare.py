@@ -33,6 +33,8 @@ from record import environment, read_bandwidth
 from pagestream.model.default_model import resolve_model
 from pagestream.server.config import default_cache_dir
 
+Results = dict[str, dict[str, list[float]]]  # target -> metric -> a value for each round
+
 MEASURE_SECONDS = 300.0  # a target that takes longer has failed
 
 
@@ -40,9 +42,7 @@ class Comparison:
     """Values and failures of one run."""
 
     def __init__(self, targets: list[Target], fleet: Fleet, seed: int) -> None:
-        self.values: dict[
-            str, dict[str, dict[str, list[float]]]
-        ] = {}  # scenario -> target -> metric -> a value a round
+        self.values: dict[str, Results] = {}  # by scenario
         self.failures: list[dict[str, str]] = []
         self.interrupted = False
         self._targets = targets
@@ -73,9 +73,9 @@ class Comparison:
             self.failures.append(failure)
             say(f"{scenario.name} round {number + 1} {target.name}: FAILED: {failure['reason']}")
             return False
-        values = self.values.setdefault(scenario.name, {name.name: {} for name in self._targets})[target.name]
+        results = self.values.setdefault(scenario.name, {each.name: {} for each in self._targets})
         for name, value in measured.items():
-            values.setdefault(name, []).append(value)
+            results[target.name].setdefault(name, []).append(value)
         told = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         say(f"{scenario.name} round {number + 1} {target.name}: {told}")
         return True
@@ -110,9 +110,8 @@ def installed(options: argparse.Namespace) -> list[Target]:
     if options.targets:
         unknown = sorted(set(options.targets) - {target.name for target in found})
         if unknown:
-            raise SystemExit(
-                f"no such target: {', '.join(sorted(unknown))}; there are {', '.join(t.name for t in found)}"
-            )
+            known = ", ".join(target.name for target in found)
+            raise SystemExit(f"no such target: {', '.join(unknown)}; there are {known}")
         found = [target for target in found if target.name in options.targets]
     for target in found:
         if target.missing:

@@ -52,6 +52,12 @@ async def _one_stream(context: int, running: Running, prompt: Prompt) -> dict[st
     return {"TTFT": stream.time_to_first_token, "decode": stream.tokens_per_second}
 
 
+async def _longest_stream(running: Running, prompt: Prompt) -> dict[str, float]:
+    (short,) = await running.client.run([Job(prompt(CONTEXTS[0]), NEW_TOKENS)])
+    measured = await _one_stream(CONTEXTS[-1], running, prompt)
+    return {**measured, "time per token over that at 128": short.tokens_per_second / measured["decode"]}
+
+
 async def _many_streams(count: int, running: Running, prompt: Prompt) -> dict[str, float]:
     streams = await running.client.run([Job(prompt(128), 128) for _ in range(count)])
     return {"total": count * 128 / max(stream.end for stream in streams)}
@@ -115,7 +121,11 @@ def _stream_scenario(context: int) -> Scenario:
         Metric("TTFT", "s", _TTFT_GOALS.get(context)),
         Metric("decode", "tokens/s", _DECODE_GOALS.get(context), more_is_better=True),
     )
-    return Scenario(f"stream-{context}", Capacity(1, LARGEST_CONTEXT), metrics, partial(_one_stream, context))
+    name, capacity = f"stream-{context}", Capacity(1, LARGEST_CONTEXT)
+    if context < CONTEXTS[-1]:
+        return Scenario(name, capacity, metrics, partial(_one_stream, context))
+    slope = Metric("time per token over that at 128", "", Goal(2.2, absolute=True))
+    return Scenario(name, capacity, (*metrics, slope), _longest_stream)
 
 
 def _streams_scenario(count: int) -> Scenario:
