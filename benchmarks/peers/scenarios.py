@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from peers.fleet import Running
-from peers.jobs import Job
+from peers.jobs import FailedError, Job
 from peers.targets import Capacity
 
 CONTEXTS = (128, 512, 2048, 4096, 8000)
@@ -81,10 +81,11 @@ async def _start(running: Running, prompt: Prompt) -> dict[str, float]:
 
 
 async def _long_prompt_arrives(running: Running, prompt: Prompt) -> dict[str, float]:
+    (undisturbed,) = await running.client.run([Job(prompt(64), NEW_TOKENS)])
     (alone,) = await running.client.run([Job(prompt(8000), 1)])
     (short_alone,) = await running.client.run([Job(prompt(32), 1)])
-    arrival = 1.0  # the victim has its first tokens by then
-    middle = arrival + alone.time_to_first_token * 0.6
+    arrival = undisturbed.end  # the victim decodes by then
+    middle = arrival + alone.time_to_first_token / 2
     victim, long, short = await running.client.run(
         [
             Job(prompt(64), LARGEST_CONTEXT - 128, background=True),
@@ -92,18 +93,20 @@ async def _long_prompt_arrives(running: Running, prompt: Prompt) -> dict[str, fl
             Job(prompt(32), 1, at=middle),
         ]
     )
-    before = statistics.median(victim.gaps(end=arrival))
-    beside = _percentile(victim.gaps(arrival, long.end) or [long.time_to_first_token], 0.99)
+    if long.end < middle:
+        raise FailedError("the long prompt was done before its middle: something else slowed it down when it was alone")
+    gap = _percentile(victim.gaps(arrival, long.end) or [long.time_to_first_token], 0.99)
+    step = 1 / undisturbed.tokens_per_second
+    short_limit = 2 * TARGET_GAP + short_alone.time_to_first_token
     return {
-        "victim's gap, p99": beside * 1e3,
-        "the same over target gap + a step": beside / (TARGET_GAP + before),
+        "victim's gap, p99": gap * 1e3,
+        "the same over target gap + a step": gap / (TARGET_GAP + step),
         "long TTFT alone": alone.time_to_first_token,
         "long TTFT": long.time_to_first_token,
         "long TTFT over alone": long.time_to_first_token / alone.time_to_first_token,
         "short TTFT alone": short_alone.time_to_first_token * 1e3,
         "short TTFT in the middle": short.time_to_first_token * 1e3,
-        "the same over 2 target gaps + alone": short.time_to_first_token
-        / (2 * TARGET_GAP + short_alone.time_to_first_token),
+        "the same over 2 target gaps + alone": short.time_to_first_token / short_limit,
     }
 
 
