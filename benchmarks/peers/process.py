@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -92,10 +93,8 @@ class Process:
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self._tree():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                continue
 
     def _tree(self) -> list[int]:
         """Not the process group: some servers put their workers into sessions of their own."""
@@ -105,5 +104,6 @@ class Process:
             pid = waiting.pop()
             found.append(pid)
             for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                waiting.extend(int(child) for child in children.read_text().split())
+                with contextlib.suppress(OSError):  # a thread that has just ended
+                    waiting.extend(int(child) for child in children.read_text().split())
         return found
