@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ class Model:
     def __init__(self, path: Path, threads: int) -> None:
         torch.set_num_threads(threads)
         load = transformers.AutoModelForCausalLM.from_pretrained
-        self._model = load(path.parent, gguf_file=path.name, dtype=torch.float32).bfloat16()
+        self._model: Any = load(path.parent, gguf_file=path.name, dtype=torch.float32).bfloat16()
 
     def run(self, jobs: Jobs) -> Moments:
         must_be_one_static_batch(jobs)
