@@ -41,6 +41,7 @@ wheel-check: setup  ## install the wheel into an empty environment and run the d
 	cd / && $(CURDIR)/build/empty/bin/python -m pagestream.server.demo
 
 bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
+	@$(BIN)/python benchmarks/compare.py
 	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/decode.py
 	@$(BIN)/python benchmarks/step_share.py
