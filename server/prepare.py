@@ -1,11 +1,14 @@
-"""From a checked message to a Job: tokenises off the event loop and decides whether the prompt can ever fit."""
+"""From a checked message to its Jobs: tokenises off the event loop and decides whether the prompt can ever fit."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
+from functools import partial
 
 from pagestream.model.chat_template import TemplateError
 from pagestream.model.text_stream import TextStream
@@ -25,14 +28,16 @@ from pagestream.v1 import generation_pb2 as pb
 
 async def prepare(
     message: validate.GenerateMessage,
+    num_answers: int,
     model: ServedModel,
     tenant: str,
     received: float,
     deadline: float | None,
     tokenizing: Executor,
     metrics: Metrics,
-) -> Job:
-    """Raises the refusals that need no queue: a bad field, a prompt too long for the model or for the pool."""
+) -> list[Job]:
+    """A job for each answer. Raises the refusals that need no queue: a bad field, a prompt too long for the model or
+    for the pool."""
     tokenizer = model.tokenizer
     validate.check_prompt(message, model.vocab_size)
     stop = validate.stop_rules(message.stop, tokenizer.eos_token_ids, model.vocab_size)
@@ -57,7 +62,15 @@ async def prepare(
         raise PromptExceedsKvCapacityError(len(prompt), model.kv_capacity_tokens)
     room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
     wanted = stop.max_tokens if stop.max_tokens is not None else room + 1
-    return Job(
+    text = partial(
+        TextStream,
+        tokenizer,
+        stop_strings=stop.stop_strings,
+        keep_special_tokens=message.output.special_tokens,
+        min_tokens=sampling.min_tokens,
+        continues_text=message.WhichOneof("prompt") != "chat",
+    )
+    first = Job(
         request=Request(
             request_id=message.request_id or uuid.uuid4().hex,
             prompt=prompt,
@@ -69,18 +82,30 @@ async def prepare(
             tenant=tenant,
             priority=priority,
         ),
-        text=TextStream(
-            tokenizer,
-            stop_strings=stop.stop_strings,
-            keep_special_tokens=message.output.special_tokens,
-            min_tokens=sampling.min_tokens,
-            continues_text=message.WhichOneof("prompt") != "chat",
-        ),
+        text=text(),
         received=received,
         deadline=deadline,
         queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
     )
+    return _with_others(first, [text() for _ in range(1, num_answers)])
+
+
+def _with_others(first: Job, texts: Sequence[TextStream]) -> list[Job]:
+    """`first`, and a job for one more answer to its prompt in each of `texts`. They have no queue deadline: that the
+    first has begun is what it is about."""
+    request, jobs = first.request, [first]
+    for index, text in enumerate(texts, start=1):
+        other = replace(
+            request,
+            request_id=f"{request.request_id}#{index}",
+            sampling=replace(request.sampling, seed=(request.sampling.seed + index) % 2**64),
+            starts_after=request,
+        )
+        jobs.append(replace(first, request=other, text=text, queue_deadline=None, index=index))
+    for job in jobs:
+        job.others = [other for other in jobs if other is not job]
+    return jobs
 
 
 def _tokenize(message: validate.GenerateMessage, model: ServedModel) -> list[int]:
