@@ -129,7 +129,7 @@ def generate(
     presence_penalty: Annotated[float | None, typer.Option(help="Once for each token.", show_default="0")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="For every use.", show_default="0")] = None,
     seed: Seed = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="So many answers; the next has the next seed.")] = 1,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="Answers, of seeds in a row.", show_default="1")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the events, one JSON object a line.")] = False,
 ) -> None:
     """Streams one answer to stdout and a summary to stderr; several answers as each is complete. Ctrl-C cancels on the
@@ -161,7 +161,7 @@ def generate(
     with _connect(address) as client:
         if json:
             _print_events(client, request)
-        elif n > 1:
+        elif request.n > 1:
             _print_answers(client, request)
         else:
             _print_answer(client, request)

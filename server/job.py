@@ -6,7 +6,7 @@ Each of several answers to one prompt is a job with a request of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pagestream.model.step import SampledToken
 from pagestream.model.text_stream import TextStream
@@ -104,6 +104,23 @@ class Job:
             time_to_first_token=_between(self.received, self.first_token),
             gaps=tuple(self.gaps),
         )
+
+
+def with_others(first: Job, texts: Sequence[TextStream]) -> list[Job]:
+    """`first`, and a job for one more answer to its prompt in each of `texts`, drawn with the seeds that follow. These
+    have no queue deadline: it passes only while no step has worked on the call, so on the first."""
+    request, jobs = first.request, [first]
+    for index, text in enumerate(texts, start=1):
+        other = replace(
+            request,
+            request_id=f"{request.request_id}#{index}",
+            sampling=replace(request.sampling, seed=(request.sampling.seed + index) % 2**64),
+            starts_after=request,
+        )
+        jobs.append(replace(first, request=other, text=text, queue_deadline=None, index=index))
+    for job in jobs:
+        job.others = [other for other in jobs if other is not job]
+    return jobs
 
 
 Publication = list[tuple[Job, Event]]  # in order: everything one step has to say

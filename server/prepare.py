@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import partial
 
 from pagestream.model.chat_template import TemplateError
@@ -19,7 +17,7 @@ from pagestream.server.errors import (
     PromptExceedsKvCapacityError,
     PromptExceedsModelContextError,
 )
-from pagestream.server.job import Job
+from pagestream.server.job import Job, with_others
 from pagestream.server.metrics import Metrics
 from pagestream.server.request import Request
 from pagestream.server.served import ServedModel
@@ -88,24 +86,7 @@ async def prepare(
         queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
     )
-    return _with_others(first, [text() for _ in range(1, num_answers)])
-
-
-def _with_others(first: Job, texts: Sequence[TextStream]) -> list[Job]:
-    """`first`, and a job for one more answer to its prompt in each of `texts`. They have no queue deadline: that the
-    first has begun is what it is about."""
-    request, jobs = first.request, [first]
-    for index, text in enumerate(texts, start=1):
-        other = replace(
-            request,
-            request_id=f"{request.request_id}#{index}",
-            sampling=replace(request.sampling, seed=(request.sampling.seed + index) % 2**64),
-            starts_after=request,
-        )
-        jobs.append(replace(first, request=other, text=text, queue_deadline=None, index=index))
-    for job in jobs:
-        job.others = [other for other in jobs if other is not job]
-    return jobs
+    return with_others(first, [text() for _ in range(1, num_answers)])
 
 
 def _tokenize(message: validate.GenerateMessage, model: ServedModel) -> list[int]:

@@ -37,6 +37,7 @@ MakeService = Callable[..., Service]
         ),
         ({"text": "x", "queue_timeout": Duration()}, "INVALID_ARGUMENT", "INVALID_FIELD", ["queue_timeout"]),
         ({"text": "x", "priority": 9}, "INVALID_ARGUMENT", "INVALID_FIELD", ["priority"]),
+        ({"text": "x", "n": 17}, "INVALID_ARGUMENT", "INVALID_FIELD", ["n"]),
         ({"text": "x" * MAX_CONTEXT}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT", []),
         ({"text": "x" * KV_CAPACITY}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY", []),
         ({"text": "x", "model": "models/other"}, "NOT_FOUND", "UNKNOWN_MODEL", []),
