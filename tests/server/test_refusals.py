@@ -158,9 +158,11 @@ def test_a_cancel_frees_the_blocks(service: Service) -> None:
     service.rig.runner.wait_until_held()
     assert service.rig.pool.num_active == 1
     call.cancel()
+    wait_until(service.rig.engine.inbox._has_mail, "the server has seen it")  # else the answer may end before
     service.rig.runner.allow()
+    counts = service.metrics.read
+    wait_until(lambda: counts().values["requests_finished_total"]["cancelled",] == 1, "the request has ended")
     wait_until(service.is_idle, "the blocks are free")
-    assert service.metrics.read().values["requests_finished_total"]["cancelled",] == 1
 
 
 def test_a_fault_is_internal_with_the_id_and_others_go_on(service: Service) -> None:
