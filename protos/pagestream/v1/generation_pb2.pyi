@@ -116,7 +116,8 @@ class GenerateStreamRequest(_message.Message):
     n: _builtins.int
     """n is how many answers to give to the prompt, which is read once for all of them. Answer i is drawn with the seed
     plus i (modulo 2^64), so it is the answer that a request of its own with that seed gets; greedy ones are all the
-    same. 0 means 1. At most 16.
+    same. In the queue's limits, logs and metrics each counts as a request, named request_id#i from the second on. One
+    that fails ends the call for all. 0 means 1. At most 16.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -199,7 +200,8 @@ class GenerateRequest(_message.Message):
     n: _builtins.int
     """n is how many answers to give to the prompt, which is read once for all of them. Answer i is drawn with the seed
     plus i (modulo 2^64), so it is the answer that a request of its own with that seed gets; greedy ones are all the
-    same. 0 means 1. At most 16.
+    same. In the queue's limits, logs and metrics each counts as a request, named request_id#i from the second on. One
+    that fails ends the call for all. 0 means 1. At most 16.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
