@@ -35,6 +35,7 @@ from pagestream.server.places import next_in_turn, take_turn
 from pagestream.server.request import FinishReason, Request, RequestState
 
 MAX_PREEMPTIONS = 3  # per request
+GROWTH = 4  # pages that every running answer has room for when another request starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,7 @@ class Scheduler:
         first = next_in_turn(ready, self._running)
         candidates = (*self._running, first)
         most = max(request.num_preemptions for request in candidates)
-        growth = 4 * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
+        growth = GROWTH * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
         wanted = sum(
             request_blocks.num_missing(
                 self._pool, request, min(request.num_tokens + growth, self._final_length(request))

@@ -169,7 +169,7 @@ def test_is_as_close_to_transformers_as_rounded_activations_are(
     model, config, weights = case
     with torch.inference_mode():
         exact = [model(torch.tensor([tokens])).logits[0] for tokens in sequences_for(config)]
-    assert errors(all_logits(Network(config, weights), config, "random"), exact).mean() < 0.045
+    assert errors(all_logits(Network(config, weights), config, "random"), exact).mean() < 0.005
 
 
 def test_equals_the_network_of_operations(
@@ -177,14 +177,14 @@ def test_equals_the_network_of_operations(
     isa: str,
     operations: Callable[[ModelConfig, Weights], Network],
 ) -> None:
-    """To float32's precision, until sums in another order move an activation by one step of its 8 bits, which then
+    """To float32's precision, until sums in another order move an activation by one step of its 12 bits, which then
     reaches all rows that attend to it."""
     _, config, weights = case
     ours = all_logits(Network(config, weights), config)
     apart = errors(ours, all_logits(operations(config, weights), config))
     assert apart[0] < 1e-5
-    assert apart.lt(1e-5).float().mean() > 0.15
-    assert apart.mean() < 0.015
+    assert apart.lt(1e-5).float().mean() > 0.02
+    assert apart.max() < 0.005
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -193,8 +193,8 @@ def test_narrow_caches(dtype: torch.dtype, operations: Callable[[ModelConfig, We
     weights = quantized(randomised(make()), config)
     ours = all_logits(Network(config, weights), config, "random", poisoned_cache(config, dtype))
     theirs = all_logits(operations(config, weights), config, "random", poisoned_cache(config, dtype))
-    assert errors(ours, theirs)[0] < 1e-5
-    assert errors(ours, theirs).mean() < 0.03
+    assert errors(ours, theirs)[0] < 1e-3
+    assert errors(ours, theirs).mean() < 0.006
 
 
 def test_a_row_has_the_same_bits_in_any_chunks_batch_and_number_of_threads(
