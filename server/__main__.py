@@ -152,7 +152,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    request = GenerateStreamRequest(sampling=sampling, stop=stop_config, n=n)
+    request = GenerateStreamRequest(sampling=sampling, stop=stop_config, n=n or 0)
     prompt = sys.stdin.read() if text == "-" else text
     if chat:
         request.chat.messages.add(role="user", content=prompt)
