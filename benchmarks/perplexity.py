@@ -2,8 +2,8 @@
 weights, and how often the likeliest token is the same.
 
 Method: 20,480 tokens of Python's own help texts (`pydoc_data`), in windows of 512, every token but a window's first
-predicted from those before it in its window, by the network as it is served (paged cache, a chunk of 512 rows). The fp32
-run multiplies the same 4-bit weights, widened. The last line is one JSON document.
+predicted from those before it in its window, by the network as it is served (paged cache, a chunk of 512 rows). fp32
+multiplies the same 4-bit weights, widened. The last line is one JSON document.
 """
 
 from __future__ import annotations
