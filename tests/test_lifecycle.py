@@ -75,8 +75,8 @@ def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> N
 
 
 def test_when_the_grace_is_over_the_rest_ends_with_what_it_has(serve: Serve, tiny_model_path: Path) -> None:
-    """A short answer ends inside the grace of a second; a long one and one that nobody reads do not."""
-    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "1", "--max-running", "2")
+    """A short answer ends inside the grace of two seconds; a long one and one that nobody reads do not."""
+    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "2", "--max-running", "2")
     client = server.connect()
     watching = client.watch()
     assert next(watching) == SERVING
@@ -89,7 +89,7 @@ def test_when_the_grace_is_over_the_rest_ends_with_what_it_has(serve: Serve, tin
     assert next(watching) == NOT_SERVING
     with refused("UNAVAILABLE", "DRAINING") as refusal:
         client.stream(text="x")
-    assert refusal.got.retry_after == 1
+    assert refusal.got.retry_after == 2
     assert list(calls[0])[-1].finished.usage.output_tokens == 20
     for call in (calls[1], calls[3]):
         with refused("UNAVAILABLE", "DRAINING") as refusal:
