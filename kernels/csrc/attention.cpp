@@ -148,8 +148,8 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
       const int begin = tile * kTile;
       load_keys(key_rows, begin, end, scratch.keys);
       if constexpr (kScaled) {
-        load_scales(scales.keys, begin, end, scratch.key_scales);
-        load_scales(scales.values, begin, end, scratch.value_scales);
+        load_scales(scales.keys, begin, end, end, scratch.key_scales);
+        load_scales(scales.values, begin, end, end, scratch.value_scales);
       }
       gemm(scratch.query, p.head_size, scratch.keys, kTile, scratch.scores, kTile, rows, kTile, p.head_size, false);
       for (int r = 0; r < rows; ++r) {

@@ -195,8 +195,8 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
       else pack_keys(key_tile, scratch.keys + at * size);
       pack_values(tile_of(values, key, stop, last, scratch.widened), scratch.values + at * size);
       if constexpr (kScaled) {
-        load_scales(scales.keys, key, stop, scratch.key_scales + at);
-        load_scales(scales.values, key, stop, scratch.value_scales + at);
+        load_scales(scales.keys, key, stop, last, scratch.key_scales + at);
+        load_scales(scales.values, key, stop, last, scratch.value_scales + at);
       }
     }
     for (int first = 0; first < rows; first += 2 * kPanel) {
