@@ -269,11 +269,8 @@ def compare(name: str, actual: object, expected: object, tolerance: object) -> N
 
 def check_against_oracle(batch: Batch, result: Result) -> None:
     out, stats, masses, spread = oracle(batch)
-    roundings = {
-        torch.bfloat16: 2.0**-8,
-        torch.float16: 2.0**-10,
-        torch.int8: 2.0**-8,
-    }  # of results, and of weights beside such values
+    # Of results, and of weights beside such values.
+    roundings = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.int8: 2.0**-8}
     rounding = max(roundings.get(tensor.dtype, 0.0) for tensor in (batch.query, batch.key_cache))
     largest_value = max(float(v.float().abs().max()) for v in batch.values)
     compare("out", result.out, out, 5e-6 * largest_value + rounding * (np.abs(out) + spread))

@@ -195,7 +195,8 @@ def test_narrow_caches(dtype: torch.dtype, operations: Callable[[ModelConfig, We
     weights = quantized(randomised(make()), config)
     ours = all_logits(Network(config, weights), config, "random", poisoned_cache(config, dtype))
     theirs = all_logits(operations(config, weights), config, "random", poisoned_cache(config, dtype))
-    assert errors(ours, theirs)[0] < 1e-3
+    one_code = 0.01  # a sum in another order may round an int8 value to its neighbour
+    assert errors(ours, theirs)[0] < (1e-3 if dtype.is_floating_point else one_code)
     assert errors(ours, theirs).mean() < 0.006
 
 
