@@ -29,7 +29,7 @@ class KVCache:
         pages = (config.num_layers, num_pages, config.num_kv_heads, 2)
         size = page_size * config.head_dim * dtype.itemsize  # bytes
         self.storage = torch.empty(*pages, page_size * row_bytes(config, dtype), dtype=torch.uint8, device=device)
-        self.rows = self.storage[..., :size].view(dtype).unflatten(-1, (page_size, config.head_dim))
+        self.rows = torch.unflatten(self.storage[..., :size].view(dtype), -1, (page_size, config.head_dim))
         self.scales = self.storage[..., size:].view(_SCALE) if dtype == torch.int8 else None
         self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in self.rows)
         self.layer_scales: tuple[tuple[torch.Tensor, torch.Tensor] | tuple[None, None], ...] = (
