@@ -63,6 +63,8 @@ def append_kv(
     check_dtype(torch.float32, ("cos", cos), ("signed_sin", signed_sin))
     check_dtype(torch.int64, ("slots", slots))
     check_caches(key_cache, value_cache)
+    if key_cache.dtype == torch.int8:
+        raise ValueError(f"key_cache is {torch.int8}: store_kv takes it, append_kv does not")
     check_scales(key_cache, key_scales=key_scales, value_scales=value_scales)
     flat = (("cos", cos), ("signed_sin", signed_sin))
     weights = [] if norm_weight is None else [("norm_weight", norm_weight)]

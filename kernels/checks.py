@@ -24,22 +24,26 @@ def check_floats(*pair: Named) -> None:
 
 
 def check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
-    """One dtype, of which e4m3 may be one; pages and heads may have any stride."""
-    if key_cache.dtype != FLOAT8 or value_cache.dtype != FLOAT8:
+    """One dtype, of which int8 and e4m3 may be one; pages and heads may have any stride."""
+    if key_cache.dtype not in (torch.int8, FLOAT8) or value_cache.dtype != key_cache.dtype:
         check_floats(("key_cache", key_cache), ("value_cache", value_cache))
     check_dense(("key_cache", key_cache), ("value_cache", value_cache), dims=4, dense=2)
     check_cache_shapes(key_cache, value_cache)
 
 
 def check_scales(key_cache: Tensor, **scales: Tensor | None) -> None:
-    """Float32 `[Hkv]`, and only for e4m3: other types hold keys and values as they are."""
+    """Float32: `[P, Hkv, B]` for int8, `[Hkv]` or none for e4m3; other types hold keys and values as they are."""
     given = [(name, scale) for name, scale in scales.items() if scale is not None]
-    if given and key_cache.dtype != FLOAT8:
-        raise ValueError(f"{given[0][0]} is for caches of {FLOAT8}; they are {key_cache.dtype}")
+    is_int8 = key_cache.dtype == torch.int8
+    if is_int8 and len(given) < len(scales):
+        raise ValueError(f"caches of {torch.int8} need {' and '.join(scales)}")
+    if given and not is_int8 and key_cache.dtype != FLOAT8:
+        raise ValueError(f"{given[0][0]} is for caches of {torch.int8} or {FLOAT8}; they are {key_cache.dtype}")
+    expected = tuple(key_cache.shape[:3]) if is_int8 else (key_cache.shape[1],)
     check_dtype(torch.float32, *given)
     check_device(key_cache, *given)
-    check_dense(*given, dims=1, dense=1)
-    check_shape(*((name, scale, (key_cache.shape[1],)) for name, scale in given))
+    check_dense(*given, dims=len(expected), dense=1)
+    check_shape(*((name, scale, expected) for name, scale in given))
 
 
 def check_dtype(dtype: torch.dtype, *tensors: Named) -> None:

@@ -29,7 +29,7 @@ torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
     "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, Tensor(a!) caches, "
-    "Tensor(b!) logits, Tensor(c!) seconds) -> ()",
+    "Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds) -> ()",
 )
 
 
@@ -122,12 +122,14 @@ class Decoder:
         sampled_rows: Tensor,
         *,
         caches: Tensor,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """Logits float32 [R, V] of `sampled_rows` int64 [R], which increase; keys and values of all rows are stored.
 
         `token_ids`, `positions`, `slots` int64 [T]; `query_starts`, `context_lengths`, `block_tables` and slots as
         `paged_attention` and `store_kv` take them. `caches` [L, P, Hkv, 2, B, D]: for each layer, page and head the
-        keys, then the values. A row's result does not depend on the rows beside it, nor on the number of threads.
+        keys, then the values; those of int8 need `scales` float32 [L, P, Hkv, 2, B]. A row's result does not depend on
+        the rows beside it, nor on the number of threads.
         Raises ValueError for a wrong dtype, layout or shape and for ids that point outside; then nothing is written.
         """
         rows = (("token_ids", token_ids), ("positions", positions), ("slots", slots))
@@ -144,7 +146,7 @@ class Decoder:
             ("query_starts", query_starts, (sequences + 1,)),
             ("block_tables", block_tables, (sequences, block_tables.shape[1])),
         )
-        self._check_caches(caches)
+        self._check_caches(caches, scales)
         logits = torch.empty(len(sampled_rows), self._vocabulary)
         torch.ops.pagestream.decode.default(
             self._model,
@@ -158,6 +160,7 @@ class Decoder:
             block_tables,
             sampled_rows,
             caches,
+            scales,
             logits,
             self._seconds,
         )
@@ -168,12 +171,20 @@ class Decoder:
         attention, products = self._seconds.tolist()
         return attention, products
 
-    def _check_caches(self, caches: Tensor) -> None:
+    def _check_caches(self, caches: Tensor, scales: Tensor | None) -> None:
         _, pages, _, _, page_size, _ = caches.shape
         num_kv_heads, head_size = self._cache_heads
         check_shape(("caches", caches, (self._num_layers, pages, num_kv_heads, 2, page_size, head_size)))
-        if caches.dtype not in FLOATS or page_size not in PAGE_SIZES:
-            raise ValueError(f"caches must be one of {FLOATS} in pages of {PAGE_SIZES}; {caches.dtype}, {page_size}")
+        dtypes = (*FLOATS, torch.int8)
+        if caches.dtype not in dtypes or page_size not in PAGE_SIZES:
+            raise ValueError(f"caches must be one of {dtypes} in pages of {PAGE_SIZES}; {caches.dtype}, {page_size}")
+        if (scales is not None) != (caches.dtype == torch.int8):
+            raise ValueError(f"caches of {torch.int8} need scales, others take none")
+        if scales is not None:
+            check_dtype(torch.float32, ("scales", scales))
+            check_device(caches, ("scales", scales))
+            check_dense(("scales", scales), dims=5, dense=1)
+            check_shape(("scales", scales, tuple(caches.shape[:5])))
 
 
 def _check_layer(

@@ -40,7 +40,8 @@ torch.library.define(
 torch.library.define("pagestream::attention_workspace_size", "(Tensor query) -> int")
 torch.library.define(
     "pagestream::store_kv",
-    "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
+    "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, "
+    "Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None) -> ()",
 )
 torch.library.define(
     "pagestream::quantized_linear", "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()"
@@ -67,15 +68,28 @@ torch.library.impl("pagestream::attention_workspace_size", "CompositeExplicitAut
 torch.library.register_fake("pagestream::quantized_linear", _nothing_to_shape)
 
 
-def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    *,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
     """Write new keys and values `[T, Hkv, D]` into the caches `[P, Hkv, B, D]`, rounding to the caches' dtype.
 
-    `slots` int64 `[T]`: page * B + offset, each at most once. Raises ValueError for a wrong dtype, device, layout or
-    shape, and for a slot outside the cache (the reference: IndexError).
+    `slots` int64 `[T]`: page * B + offset, each at most once. Caches of int8 receive x / s, rounded to nearest, and
+    `key_scales` and `value_scales`, float32 `[P, Hkv, B]`, s = max |x| / 127 of the row and head; a NaN or infinity
+    in a row makes s one. Raises ValueError for a wrong dtype, device, layout or shape, and for a slot outside the
+    cache (the reference: IndexError).
     """
     check_floats(("key", key), ("value", value))
-    check_floats(("key_cache", key_cache), ("value_cache", value_cache))  # e4m3 is append_kv's
     check_caches(key_cache, value_cache)
+    if key_cache.dtype == FLOAT8:
+        raise ValueError(f"key_cache is {FLOAT8}: append_kv takes it, store_kv does not")
+    check_scales(key_cache, key_scales=key_scales, value_scales=value_scales)
     check_dtype(torch.int64, ("slots", slots))
     check_device(key_cache, ("key", key), ("value", value), ("value_cache", value_cache), ("slots", slots))
     check_dense(("key", key), ("value", value), dims=3, dense=1)
@@ -83,7 +97,7 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     expected = (slots.shape[0], key_cache.shape[1], key_cache.shape[3])
     check_shape(("key", key, expected), ("value", value, expected))
     load_kernels(key_cache)
-    torch.ops.pagestream.store_kv.default(key, value, key_cache, value_cache, slots)
+    torch.ops.pagestream.store_kv.default(key, value, key_cache, value_cache, slots, key_scales, value_scales)
 
 
 def paged_attention(
@@ -111,11 +125,13 @@ def paged_attention(
     query_starts[s], sits at position context_lengths[s] - q_len + i and attends to the positions up to its own, and
     above its own - `window` when `window` is positive. Slots and block-table entries beyond a sequence are not read.
     Scores are `scale` * <q, k>; all arithmetic is float32 whatever the dtypes, but for these. CUDA: weights multiply
-    the values in the dtype of the query, or in float16 when the caches are e4m3. A CPU with AMX, bfloat16 caches and D
-    a multiple of 64: weights multiply the values in bfloat16, and a wider query counts with 16 bits.
+    the values in the dtype of the query, or in float16 when the caches are e4m3. A CPU with AMX, bfloat16 or int8
+    caches and D a multiple of 64: weights, times the value's scale, multiply the values in bfloat16, and a wider query
+    counts with 16 bits.
 
     Caches of float8_e4m3fn (CUDA; elsewhere the reference) hold keys and values divided by `key_scales` and
-    `value_scales`, float32 `[Hkv]`, 1 by default.
+    `value_scales`, float32 `[Hkv]`, 1 by default. Caches of int8 (a CPU; elsewhere the reference) hold what `store_kv`
+    writes, and need its `key_scales` and `value_scales`, float32 `[P, Hkv, B]`.
 
     `stats` float32 `[T, Hq, 5]` receives, over the attended positions: log-sum-exp of the scores (nats), entropy of
     the weights (nats), the largest weight, the mass on positions 0 to 3, the mass on the last 64. `page_masses`

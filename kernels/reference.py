@@ -12,13 +12,29 @@ from pagestream.kernels import packing
 
 SINK_TOKENS = 4
 RECENT_TOKENS = 64
+INT8_MAX = 127
+LEAST_SCALED = 1e-36  # of smaller rows the inverse scale is no float32: they count as 0
 _ROWS_AT_ONCE = 256  # bounds the score matrix
 
 
-def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
     page_size = key_cache.shape[2]
     pages, offsets = slots // page_size, slots % page_size
-    for rows, cache in ((key, key_cache), (value, value_cache)):
+    for rows, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+        if scales is not None:
+            largest = rows.float().abs().amax(-1)
+            scales[pages, :, offsets] = largest / INT8_MAX
+            inverse = torch.where(largest >= LEAST_SCALED, torch.full_like(largest, INT8_MAX) / largest, 0)
+            cache[pages, :, offsets] = (rows.float() * inverse[..., None]).round().nan_to_num(0).to(torch.int8)
+            continue
         limit = (
             torch.finfo(cache.dtype).max if cache.dtype == torch.float8_e4m3fn else float("inf")
         )  # it has no infinity
@@ -100,8 +116,10 @@ def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor 
 def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, context: int, num_heads: int) -> Tensor:
     """The first `context` slots of `pages`, one copy per query head: float32 `[Hq, context, D]`."""
     rows = cache[pages].float().transpose(0, 1).flatten(1, 2)[:, :context]
-    if scales is not None:
+    if scales is not None and scales.dim() == 1:  # e4m3: per head
         rows = rows * scales[:, None, None]
+    elif scales is not None:  # int8: per slot and head
+        rows = rows * scales[pages].transpose(0, 1).flatten(1)[:, :context, None]
     return rows.repeat_interleave(num_heads // cache.shape[1], dim=0)
 
 

@@ -8,13 +8,17 @@ import torch
 
 from pagestream.model.config import ModelConfig
 
+_SCALE = torch.float32  # of a row of int8
+
 
 class KVCache:
     """`layers[i]` is the (key, value) cache of layer i, each [P, Hkv, B, D]: pages, KV heads, positions, head size.
-    They are views of `storage` [L, P, Hkv, 2, B, D].
+    They are views of `rows` [L, P, Hkv, 2, B, D]. With int8, `scales` float32 [L, P, Hkv, 2, B] has a factor of each
+    row, else it is None; `layer_scales[i]` are the (key, value) scales of layer i, each [P, Hkv, B] or None.
 
-    The keys of one page and head are followed by its values, so attention reads one run of memory for both. Memory
-    is not touched here: on a CPU, pages cost nothing before they are first written.
+    All are views of `storage` [L, P, Hkv, 2, bytes]: the keys of one page and head, with int8 their scales, then its
+    values likewise, so attention reads one run of memory for both and one copy of a page takes all of it. Memory is not
+    touched here: on a CPU, pages cost nothing before they are first written.
     """
 
     def __init__(
@@ -22,9 +26,17 @@ class KVCache:
     ) -> None:
         self.page_size = page_size
         self.num_pages = num_pages
-        shape = (config.num_layers, num_pages, config.num_kv_heads, 2, page_size, config.head_dim)
-        self.storage = torch.empty(shape, dtype=dtype, device=device)
-        self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in self.storage)
+        pages = (config.num_layers, num_pages, config.num_kv_heads, 2)
+        size = page_size * config.head_dim * dtype.itemsize  # bytes
+        self.storage = torch.empty(*pages, page_size * row_bytes(config, dtype), dtype=torch.uint8, device=device)
+        self.rows = torch.unflatten(self.storage[..., :size].view(dtype), -1, (page_size, config.head_dim))
+        self.scales = self.storage[..., size:].view(_SCALE) if dtype == torch.int8 else None
+        self.layers = tuple((layer[:, :, 0], layer[:, :, 1]) for layer in self.rows)
+        self.layer_scales: tuple[tuple[torch.Tensor, torch.Tensor] | tuple[None, None], ...] = (
+            ((None, None),) * config.num_layers
+            if self.scales is None
+            else tuple((layer[:, :, 0], layer[:, :, 1]) for layer in self.scales)
+        )
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Makes each target page, in every layer, a copy of its source; no page may be both."""
@@ -34,4 +46,9 @@ class KVCache:
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one position takes over all layers."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return config.num_layers * 2 * config.num_kv_heads * row_bytes(config, dtype)
+
+
+def row_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the key or value of one position, layer and head."""
+    return config.head_dim * dtype.itemsize + (_SCALE.itemsize if dtype == torch.int8 else 0)

@@ -26,7 +26,7 @@ _QUANTIZED: Final[dict[str, Bits]] = {"int8": 8, "int4": 4}
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16} | dict.fromkeys(
     _QUANTIZED, torch.float32
 )  # of arithmetic
-KV_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KV_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ def load_model(
         dtype = _choose_dtype(place, checkpoint)
     if kv_dtype == "auto":
         kv_dtype = "bf16" if dtype in _QUANTIZED else dtype
+    if kv_dtype == "int8" and place.type != "cpu":
+        raise ModelError("--kv-dtype int8 needs --device cpu")
     config = checkpoint.config
     bits = _choose_bits(checkpoint, dtype, place)
     plan = plan_memory(

@@ -43,15 +43,18 @@ class Network:
                 batch.context_lengths,
                 batch.block_tables,
                 batch.sampled_rows,
-                caches=cache.storage,
+                caches=cache.rows,
+                scales=cache.scales,
             )
         hidden = self._weights.embedding.lookup(batch.token_ids)  # [T, E]
         cos, sin = self._rope(batch.positions)
         attended = hidden.new_empty(len(hidden), self._config.num_heads, self._config.head_dim)
-        for layer, caches, window in zip(self._weights.layers, cache.layers, self._windows, strict=True):
+        for layer, caches, (key_scales, value_scales), window in zip(
+            self._weights.layers, cache.layers, cache.layer_scales, self._windows, strict=True
+        ):
             normed = self._rms_norm(hidden, layer.attention_norm)
             query, key, value = self._project(layer, normed, cos, sin)
-            kernels.store_kv(key, value, *caches, batch.slots)
+            kernels.store_kv(key, value, *caches, batch.slots, key_scales=key_scales, value_scales=value_scales)
             kernels.paged_attention(
                 query,
                 *caches,
@@ -61,6 +64,8 @@ class Network:
                 scale=self._config.head_dim**-0.5,
                 window=window,
                 out=attended,
+                key_scales=key_scales,
+                value_scales=value_scales,
             )
             hidden = hidden + layer.attention_output(attended.flatten(1))
             hidden = hidden + _mlp(layer, self._rms_norm(hidden, layer.mlp_norm))

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16", "int8", "int4"]
-KvDtype = Literal["auto", "fp32", "bf16", "fp16"]
+KvDtype = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 Parse = Callable[[object], object]  # what a file or a flag says -> the value, or ValueError with what is allowed
 

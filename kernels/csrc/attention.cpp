@@ -12,7 +12,7 @@
 namespace {
 
 struct Scratch {
-  float *keys, *values, *query, *scores, *part_out, *total_out;
+  float *keys, *values, *query, *scores, *part_out, *total_out, *key_scales, *value_scales;
   Softmax *part, *total;
 
   Scratch(const AttentionParams& p, float* memory) {
@@ -24,6 +24,8 @@ struct Scratch {
     scores = take(int64_t{rows} * kTile);
     part_out = take(int64_t{rows} * width);
     total_out = take(int64_t{rows} * width);
+    key_scales = take(kTile);
+    value_scales = take(kTile);
     part = reinterpret_cast<Softmax*>(take(rows * int64_t{sizeof(Softmax) / sizeof(float)}));
     total = reinterpret_cast<Softmax*>(take(rows * int64_t{sizeof(Softmax) / sizeof(float)}));
   }
@@ -34,7 +36,7 @@ int64_t scratch_floats(const AttentionParams& p) {
   if (fits_tiles(p)) return TileScratch(p, nullptr).floats();
 #endif
   const int64_t rows = max(kMaxRowsPerBlock, group_size(p)), width = padded_head(p);
-  return 2 * width * kTile + rows * (3 * width + kTile + 2 * int64_t{sizeof(Softmax) / sizeof(float)});
+  return 2 * (width + 1) * kTile + rows * (3 * width + kTile + 2 * int64_t{sizeof(Softmax) / sizeof(float)});
 }
 
 // The scores of one row and tile become weights 2^(s - m); the state takes them in. Keys outside [lo, hi) of the tile
@@ -127,6 +129,8 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
   const int end = s.first_position + s.num_positions;  // no row sees position `end` or beyond
   const auto key_rows = paged_rows<T>(p, s, p.key_cache, p.key_page_stride, p.key_head_stride);
   const auto value_rows = paged_rows<T>(p, s, p.value_cache, p.value_page_stride, p.value_head_stride);
+  constexpr bool kScaled = sizeof(T) == sizeof(int8_t);
+  const TileScales scales = paged_scales(p, s);
   for (int r = 0; r < rows; ++r) {
     load_query(p, Row(p, s, r), scratch.query + r * p.head_size);
     scratch.total[r] = Softmax();
@@ -143,6 +147,10 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
     for (; tile < split_end; ++tile) {
       const int begin = tile * kTile;
       load_keys(key_rows, begin, end, scratch.keys);
+      if constexpr (kScaled) {
+        load_scales(scales.keys, begin, end, end, scratch.key_scales);
+        load_scales(scales.values, begin, end, end, scratch.value_scales);
+      }
       gemm(scratch.query, p.head_size, scratch.keys, kTile, scratch.scores, kTile, rows, kTile, p.head_size, false);
       for (int r = 0; r < rows; ++r) {
         const Row row(p, s, r);
@@ -152,12 +160,14 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
           memset(scores, 0, sizeof(float) * kTile);
           continue;
         }
+        if constexpr (kScaled) multiply_by(scratch.key_scales, kTile, scores);
         const float factor = softmax_tile<kWithStats>(scores, lo, hi, scratch.part[r]);
         float* o = scratch.part_out + r * width;
         if (tile > split_begin && factor != 1)
           for (int d = 0; d < width; d += kLanes) store(o + d, load(o + d) * factor);
         if constexpr (kWithStats)
           add_masses(p, row, scores, split_begin * kTile, begin, lo, hi, factor, scratch.part[r]);
+        if constexpr (kScaled) multiply_by(scratch.value_scales, kTile, scores);
       }
       add_values(value_rows, begin, end, rows, width, scratch, tile > split_begin);
     }
@@ -184,7 +194,10 @@ void run(const AttentionParams& p, const Segment* segments, int64_t count, float
   if (fits_tiles(p)) {
     const TileScratch scratch(p, memory);
     configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
-    const auto run_one = with_stats ? run_tiles<true> : run_tiles<false>;
+    using Run = void (*)(const AttentionParams&, const Segment&, const TileScratch&, float*);
+    constexpr Run kRun[2][2] = {{run_tiles<BFloat16, false>, run_tiles<BFloat16, true>},
+                                {run_tiles<int8_t, false>, run_tiles<int8_t, true>}};
+    const Run run_one = kRun[p.cache_dtype == DType::kInt8][with_stats];
     for (int64_t i = 0; i < count; ++i) run_one(p, segments[i], scratch, workspace);
     _tile_release();
     return;
@@ -192,9 +205,10 @@ void run(const AttentionParams& p, const Segment* segments, int64_t count, float
 #endif
   const Scratch scratch(p, memory);
   using Run = void (*)(const AttentionParams&, const Segment&, const Scratch&, float*);
-  constexpr Run kRun[3][2] = {{run_segment<float, false>, run_segment<float, true>},
+  constexpr Run kRun[4][2] = {{run_segment<float, false>, run_segment<float, true>},
                               {run_segment<BFloat16, false>, run_segment<BFloat16, true>},
-                              {run_segment<Float16, false>, run_segment<Float16, true>}};
+                              {run_segment<Float16, false>, run_segment<Float16, true>},
+                              {run_segment<int8_t, false>, run_segment<int8_t, true>}};
   const Run run_one = kRun[static_cast<int>(p.cache_dtype)][with_stats];
   for (int64_t i = 0; i < count; ++i) run_one(p, segments[i], scratch, workspace);
 }

@@ -85,15 +85,23 @@ Kernels selected = {};  // build.py selects right after loading
 void paged_attention(const Tensor query, const Tensor key_cache, const Tensor value_cache, const Tensor block_tables,
                      const Tensor query_starts, const Tensor context_lengths, double scale, int64_t window,
                      const Tensor out, const std::optional<Tensor> stats, const std::optional<Tensor> page_masses,
-                     const std::optional<Tensor> /*workspace*/, const std::optional<Tensor> /*key_scales*/,
-                     const std::optional<Tensor> /*value_scales*/) {
-  const AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths,
-                                        scale, window, out, stats, page_masses);
+                     const std::optional<Tensor> /*workspace*/, const std::optional<Tensor> key_scales,
+                     const std::optional<Tensor> value_scales) {
+  AttentionParams p = make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths, scale,
+                                  window, out, stats, page_masses);
+  if (p.cache_dtype == pagestream::DType::kInt8) {
+    p.key_scales = static_cast<const float*>(key_scales->data_ptr());
+    p.value_scales = static_cast<const float*>(value_scales->data_ptr());
+    p.key_scale_page_stride = key_scales->stride(0);
+    p.key_scale_head_stride = key_scales->stride(1);
+    p.value_scale_page_stride = value_scales->stride(0);
+    p.value_scale_head_stride = value_scales->stride(1);
+  }
   const int64_t threads = torch::stable::get_num_threads();
   attend(*selected.attention, p, make_plan(p, threads, selected.attention->partial_floats(p)), threads);
 }
 
-void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
+void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots, const std::optional<Tensor>& scales) {
   const int64_t tokens = slots.size(0), capacity = cache.size(0) * cache.size(2);
   const StoreParams p{rows.data_ptr(),
                       cache.data_ptr(),
@@ -104,7 +112,10 @@ void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
                       cache.stride(1),
                       static_cast<int32_t>(cache.size(1)),
                       static_cast<int32_t>(cache.size(3)),
-                      static_cast<int32_t>(cache.size(2))};
+                      static_cast<int32_t>(cache.size(2)),
+                      scales ? static_cast<float*>(scales->data_ptr()) : nullptr,
+                      scales ? scales->stride(0) : 0,
+                      scales ? scales->stride(1) : 0};
   for (int64_t i = 0; i < tokens; ++i)
     if (p.slots[i] < 0 || p.slots[i] >= capacity)
       throw std::invalid_argument("store_kv: slot " + std::to_string(p.slots[i]) + " of token " + std::to_string(i) +
@@ -117,9 +128,9 @@ void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots) {
 }
 
 void store_kv(const Tensor key, const Tensor value, const Tensor key_cache, const Tensor value_cache,
-              const Tensor slots) {
-  store_one(key, key_cache, slots);
-  store_one(value, value_cache, slots);
+              const Tensor slots, const std::optional<Tensor> key_scales, const std::optional<Tensor> value_scales) {
+  store_one(key, key_cache, slots, key_scales);
+  store_one(value, value_cache, slots, value_scales);
 }
 
 pagestream::PackedWeight packed_weight(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& mins) {
@@ -161,7 +172,8 @@ const T* data_of(const Tensor& tensor) {
 
 void decode(const Tensor model, double epsilon, double magnitude, const Tensor token_ids, const Tensor positions,
             const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
-            const Tensor sampled_rows, const Tensor caches, const Tensor logits, const Tensor seconds) {
+            const Tensor sampled_rows, const Tensor caches, const std::optional<Tensor> scales, const Tensor logits,
+            const Tensor seconds) {
   const auto& m = *reinterpret_cast<const pagestream::DecoderModel*>(model.data_ptr());
   const int64_t element = caches.element_size();
   pagestream::DecoderStep s = {};
@@ -180,6 +192,13 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
   p.value_cache = data_of<char>(caches) + caches.stride(3) * element;
   p.key_page_stride = p.value_page_stride = caches.stride(1);
   p.key_head_stride = p.value_head_stride = caches.stride(2);
+  if (scales) {
+    s.scale_layer_stride = scales->stride(0);
+    p.key_scales = data_of<float>(*scales);
+    p.value_scales = p.key_scales + scales->stride(3);
+    p.key_scale_page_stride = p.value_scale_page_stride = scales->stride(1);
+    p.key_scale_head_stride = p.value_scale_head_stride = scales->stride(2);
+  }
   p.num_pages = static_cast<int32_t>(caches.size(1));
   p.page_size = static_cast<int32_t>(caches.size(4));
   p.cache_dtype = dtype_of(caches);

@@ -144,9 +144,18 @@ class Decoder {
     p.window = static_cast<int32_t>(layer.window);
     p.key_cache = caches(s_.attention.key_cache);
     p.value_cache = caches(s_.attention.value_cache);
-    const StoreParams keys = store_params(p, heads_ + attended_width_, p.key_cache, p.key_page_stride, p.key_head_stride);
-    const StoreParams values = store_params(p, heads_ + turned * m_.head_size, p.value_cache, p.value_page_stride,
-                                            p.value_head_stride);
+    if (p.cache_dtype == DType::kInt8) {
+      p.key_scales += index * s_.scale_layer_stride;
+      p.value_scales += index * s_.scale_layer_stride;
+    }
+    const StoreParams keys = {heads_ + attended_width_, const_cast<void*>(p.key_cache), s_.slots, heads_width_,
+                              m_.head_size, p.key_page_stride, p.key_head_stride, p.num_kv_heads, p.head_size,
+                              p.page_size, const_cast<float*>(p.key_scales), p.key_scale_page_stride,
+                              p.key_scale_head_stride};
+    const StoreParams values = {heads_ + turned * m_.head_size, const_cast<void*>(p.value_cache), s_.slots,
+                                heads_width_, m_.head_size, p.value_page_stride, p.value_head_stride,
+                                p.num_kv_heads, p.head_size, p.page_size, const_cast<float*>(p.value_scales),
+                                p.value_scale_page_stride, p.value_scale_head_stride};
     const StoreToken store = store_token_for(DType::kFloat32, p.cache_dtype);
     for_rows(heads_width_, [&](int64_t row) {
       float* heads = heads_ + row * heads_width_;
@@ -158,12 +167,6 @@ class Decoder {
     });
     const Timer timer(s_.seconds[0]);
     attend(*kernels_.attention, p, plan_for(p), threads_);
-  }
-
-  StoreParams store_params(const AttentionParams& p, const float* rows, const void* cache, int64_t page_stride,
-                           int64_t head_stride) const {
-    return {rows,        const_cast<void*>(cache), s_.slots,     heads_width_, m_.head_size, page_stride,
-            head_stride, p.num_kv_heads,           p.head_size, p.page_size};
   }
 
   // Layers with the same window have the same plan.

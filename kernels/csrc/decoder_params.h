@@ -42,6 +42,7 @@ struct DecoderStep {
   float* logits;                                 // [R, V]
   float epsilon, magnitude;                      // of the norms; of cosines and sines
   int64_t cache_layer_bytes;                     // from one layer's caches to the next one's
+  int64_t scale_layer_stride;                    // likewise, floats, of int8 caches
   AttentionParams attention;                     // all but query, out and window; the caches are those of layer 0
   double* seconds;                               // [2] added to: what attention and what products took
 };

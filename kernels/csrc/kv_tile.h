@@ -94,4 +94,19 @@ void load_values(const PagedRows<T>& rows, int begin, int end, float* values, in
   }
 }
 
+// The scales of a tile's int8 keys or values, one a row; from `end` on they are 0. Fetches the next tile's, up to `last`.
+inline void load_scales(const PagedRows<float>& scales, int begin, int end, int last, float* to) {
+  for (int j = 0; j < kTile; j += kLanes) {
+    const int valid = end - begin - j;
+    prefetch_row(scales, begin + kTile + j, last);
+    const float* group = valid > 0 ? scales.at(begin + j) : nullptr;
+    for (int i = 0; i < kLanes; ++i) to[j + i] = i < valid ? group[i] : 0;
+  }
+}
+
+// row[j] *= scales[j].
+inline void multiply_by(const float* scales, int count, float* row) {
+  for (int j = 0; j < count; j += kLanes) store(row + j, load(row + j) * load(scales + j));
+}
+
 }  // namespace

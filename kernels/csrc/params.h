@@ -5,7 +5,8 @@
 
 namespace pagestream {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8 };  // kFloat8: e4m3, caches on CUDA only
+// kInt8: caches on a CPU only; kFloat8: e4m3, caches on CUDA only
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kInt8, kFloat8 };
 
 // Every constant below is a position in the sequence, never a function of the batch or of the thread count:
 // that is why a row has the same bits alone, in any batch, under any chunking and on any number of threads.
@@ -18,6 +19,7 @@ struct AttentionParams {
   void* out;                // [T, Hq, D]
   const void* key_cache;    // [P, Hkv, B, D], the last two dimensions contiguous
   const void* value_cache;  // likewise
+  const float *key_scales, *value_scales;  // of int8 caches: [P, Hkv, B], the last dimension contiguous
   const int32_t* block_tables;     // [S, M]
   const int32_t* query_starts;     // [S + 1]
   const int32_t* context_lengths;  // [S]
@@ -27,6 +29,8 @@ struct AttentionParams {
   int64_t out_token_stride, out_head_stride;
   int64_t key_page_stride, key_head_stride;
   int64_t value_page_stride, value_head_stride;
+  int64_t key_scale_page_stride, key_scale_head_stride;
+  int64_t value_scale_page_stride, value_scale_head_stride;
   int64_t block_table_stride;
   int32_t num_tokens, num_sequences, num_heads, num_kv_heads, head_size;  // T, S, Hq, Hkv, D
   int32_t num_pages, page_size, max_pages;  // P, B, M

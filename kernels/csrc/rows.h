@@ -85,4 +85,18 @@ PagedRows<T> paged_rows(const AttentionParams& p, const Segment& s, const void* 
           page_stride, __builtin_ctz(p.page_size), p.head_size};
 }
 
+struct TileScales {
+  PagedRows<float> keys, values;
+};
+
+inline TileScales paged_scales(const AttentionParams& p, const Segment& s) {
+  const auto rows = [&](const float* scales, int64_t page_stride, int64_t head_stride) {
+    PagedRows<float> paged = paged_rows<float>(p, s, scales, page_stride, head_stride);
+    paged.head_size = 1;
+    return paged;
+  };
+  return {rows(p.key_scales, p.key_scale_page_stride, p.key_scale_head_stride),
+          rows(p.value_scales, p.value_scale_page_stride, p.value_scale_head_stride)};
+}
+
 }  // namespace

@@ -114,10 +114,37 @@ inline void prefetch(const void* start) {
   for (int byte = 0; byte < 1024; byte += 64) __builtin_prefetch(static_cast<const char*>(start) + byte, 0, 2);
 }
 
+// 64 keys or values from position `begin` on: up to `stop` they are read, up to `last` fetched ahead.
+struct KVTile {
+  PagedRows<BFloat16> rows;
+  int begin, stop, last;
+};
+
+inline KVTile tile_of(const PagedRows<BFloat16>& rows, int begin, int stop, int last, BFloat16* /*memory*/) {
+  return {rows, begin, stop, last};
+}
+
+// Int8 is widened to `memory` [64, D], which then is the one page of a tile of its own.
+inline KVTile tile_of(const PagedRows<int8_t>& rows, int begin, int stop, int last, BFloat16* memory) {
+  static constexpr int32_t kOnlyPage = 0;
+  const int block = kPanel * rows.head_size;  // numbers
+  BFloat16* to = memory;
+  for (int key = begin; key < min(begin + kTile, stop); key += kPanel, to += block) {
+    const int8_t* const from = rows.at(key);
+    const int8_t* const ahead = key + kTile < last ? rows.at(key + kTile) : nullptr;
+    for (int d = 0; d < block; d += kDepth) {
+      if (ahead != nullptr && d % 64 == 0) __builtin_prefetch(ahead + d, 0, 2);  // bursts are slower
+      const __m512bh both = _mm512_cvtne2ps_pbh(load_wide(from + d + kLanes), load_wide(from + d));
+      memcpy(to + d, &both, sizeof both);
+    }
+  }
+  return {{memory, &kOnlyPage, 0, __builtin_ctz(kTile), rows.head_size}, 0, min(kTile, stop - begin), 0};
+}
+
 // scores[row][key] of at most 16 rows, whose transposed tiles are `query`: over 64 keys, as they lie in their page.
 template <int kParts>
-void score_few(const PagedRows<BFloat16>& keys, int begin, int stop, int last, const BFloat16* query, int rows,
-               float* scores) {
+void score_few(const KVTile& tile, const BFloat16* query, int rows, float* scores) {
+  const auto& [keys, begin, stop, last] = tile;
   const BFloat16* ahead[4];
   for (int i = 0; i < 4; ++i) {
     const int key = begin + kTile + i * kPanel;
@@ -164,7 +191,8 @@ void score_few(const PagedRows<BFloat16>& keys, int begin, int stop, int last, c
 }
 
 // 64 keys as tiles of pairs by key: 16 keys after 16 keys, each D / 32 tiles.
-void pack_keys(const PagedRows<BFloat16>& keys, int begin, int stop, BFloat16* to) {
+void pack_keys(const KVTile& tile, BFloat16* to) {
+  const auto& [keys, begin, stop, last] = tile;
   for (int key = begin; key < min(begin + kTile, stop); key += kPanel) {
     const BFloat16* const block = keys.at(key);
     for (int d = 0; d < keys.head_size; d += kDepth, to += kTileElements)
@@ -180,7 +208,8 @@ inline void interleave(__m512i even, __m512i odd, BFloat16* first, BFloat16* sec
 }
 
 // 64 values as tiles of pairs of keys: 32 keys after 32 keys, each D / 16 tiles. From `stop` on they are 0.
-void pack_values(const PagedRows<BFloat16>& values, int begin, int stop, int last, BFloat16* to) {
+void pack_values(const KVTile& tile, BFloat16* to) {
+  const auto& [values, begin, stop, last] = tile;
   const int size = values.head_size;
   for (int key = begin; key < begin + kTile; key += kPanel) {
     const BFloat16* row = key < stop ? values.at(key) : nullptr;

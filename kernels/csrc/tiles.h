@@ -1,7 +1,8 @@
-// Attention over bfloat16 caches with AMX: a block of query rows takes the keys split by split (256). Within a split
+// Attention over bfloat16 and int8 caches with AMX: a block of query rows takes the keys split by split (256). Within a split
 // all scores come first, then the weights from their true maximum, then the values. Weights are rounded to bfloat16 for
 // their product with the values; sums of them and statistics stay float32. Queries that are not bfloat16 count as the
-// sum of two bfloat16 numbers (16 bits).
+// sum of two bfloat16 numbers (16 bits). Int8 keys and values become bfloat16 as they are, which is exact; their scales
+// multiply the scores, and the weights before they are rounded.
 #pragma once
 
 #include "rows.h"
@@ -10,7 +11,7 @@
 namespace {
 
 inline bool fits_tiles(const AttentionParams& p) {
-  return p.cache_dtype == DType::kBFloat16 && p.head_size % kTile == 0;
+  return (p.cache_dtype == DType::kBFloat16 || p.cache_dtype == DType::kInt8) && p.head_size % kTile == 0;
 }
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -20,6 +21,8 @@ struct TileScratch {
   BFloat16 *keys;     // few rows: the query's tiles, transposed; many: those of the split's keys
   BFloat16 *values;   // tiles of the split's values, rows in pairs
   BFloat16 *weights;  // [32, kSplit]
+  BFloat16 *widened;  // [64, D]: a tile of int8 keys or values
+  float *key_scales, *value_scales;  // [kSplit]: of int8 caches
   float *scores;      // [32, kSplit]
   float *out;         // [32, D]: of one split
   float *total_out;   // [rows, D]
@@ -32,6 +35,9 @@ struct TileScratch {
     take(keys, kSplit * size);
     take(values, kSplit * size);
     take(weights, 2 * kPanel * kSplit);
+    take(widened, kTile * size);
+    take(key_scales, kSplit);
+    take(value_scales, kSplit);
     take(scores, 2 * kPanel * kSplit);
     take(out, 2 * kPanel * size);
     take(total_out, count * size);
@@ -76,8 +82,9 @@ void load_query_tiles(const AttentionParams& p, const Row& row, BFloat16* to) {
 
 // The scores of one row become weights 2^(c (s - m)), in bfloat16 and with statistics also in place; keys outside
 // [lo, hi) get 0, up to `count`, a multiple of 64. Sums run in two chains over vectors counted from the split's start.
-template <bool kWithStats>
-Softmax weigh(float* scores, BFloat16* weights, int lo, int hi, int count, float c) {
+// With `value_scales` the bfloat16 weights, and they alone, are multiplied by them.
+template <bool kWithStats, bool kScaled>
+Softmax weigh(float* scores, BFloat16* weights, const float* value_scales, int lo, int hi, int count, float c) {
   for (int j = 0; (lo > 0 || hi < count) && j < count; j += kLanes) {
     const Int key = lane_index() + j;
     store(scores + j, (key >= lo) & (key < hi) ? load(scores + j) : broadcast(kMasked));
@@ -97,6 +104,8 @@ Softmax weigh(float* scores, BFloat16* weights, int lo, int hi, int count, float
         store(scores + j + half * kLanes, weight[half]);
       }
     }
+    if constexpr (kScaled)
+      for (int half = 0; half < 2; ++half) weight[half] = weight[half] * load(value_scales + j + half * kLanes);
     const __m512bh both = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
     memcpy(weights + j, &both, sizeof both);
   }
@@ -117,7 +126,7 @@ void write_page_masses(const AttentionParams& p, const Row& row, const float* we
 }
 
 // Weights and softmax states, from their scores, of up to 32 rows from row `first` of the block on: keys [begin, stop).
-template <bool kWithStats>
+template <bool kWithStats, bool kScaled>
 void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int first, int rows, int begin, int stop,
                    Softmax* part) {
   const int count = round_up(stop - begin, kTile);
@@ -132,7 +141,8 @@ void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int firs
       memset(weights, 0, sizeof(BFloat16) * count);
       continue;
     }
-    part[r] = weigh<kWithStats>(scores, weights, lo, hi, count, c);
+    if constexpr (kScaled) multiply_by(scratch.key_scales, count, scores);
+    part[r] = weigh<kWithStats, kScaled>(scores, weights, scratch.value_scales, lo, hi, count, c);
     if constexpr (kWithStats) {
       add_sink_and_recent(row, scores, begin, lo, hi, part[r]);
       if (p.page_masses != nullptr) write_page_masses(p, row, scores, begin, hi, part[r].m);
@@ -154,15 +164,17 @@ void sum_values(const TileScratch& scratch, int rows, int count, int head_size) 
               rows, head_size);
 }
 
-template <bool kWithStats>
+template <typename T, bool kWithStats>
 void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& scratch, float* workspace) {
   const int rows = s.num_positions * group_size(p), size = p.head_size, parts = query_parts(p);
   const bool few = rows <= kPanel;
   const auto score = parts == 1 ? score_few<1> : score_few<2>;
   const int end = s.first_position + s.num_positions;  // no row sees position `end` or beyond
   const int last = min(end, s.tile_end * kTile);
-  const auto keys = paged_rows<BFloat16>(p, s, p.key_cache, p.key_page_stride, p.key_head_stride);
-  const auto values = paged_rows<BFloat16>(p, s, p.value_cache, p.value_page_stride, p.value_head_stride);
+  const auto keys = paged_rows<T>(p, s, p.key_cache, p.key_page_stride, p.key_head_stride);
+  const auto values = paged_rows<T>(p, s, p.value_cache, p.value_page_stride, p.value_head_stride);
+  constexpr bool kScaled = sizeof(T) == sizeof(int8_t);
+  const TileScales scales = paged_scales(p, s);
   for (int r = 0; r < rows; ++r) {
     scratch.rows[r] = Row(p, s, r);
     load_query_tiles(p, scratch.rows[r], scratch.query + r * size * parts);
@@ -178,9 +190,14 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
     const int stop = min(tile * kTile, end), count = round_up(stop - begin, kTile);
     for (int key = begin; key < stop; key += kTile) {  // in the order in which memory holds a page
       const int at = key - begin;
-      if (few) score(keys, key, stop, last, scratch.keys, rows, scratch.scores + at);
-      else pack_keys(keys, key, stop, scratch.keys + at * size);
-      pack_values(values, key, stop, last, scratch.values + at * size);
+      const KVTile key_tile = tile_of(keys, key, stop, last, scratch.widened);
+      if (few) score(key_tile, scratch.keys, rows, scratch.scores + at);
+      else pack_keys(key_tile, scratch.keys + at * size);
+      pack_values(tile_of(values, key, stop, last, scratch.widened), scratch.values + at * size);
+      if constexpr (kScaled) {
+        load_scales(scales.keys, key, stop, last, scratch.key_scales + at);
+        load_scales(scales.values, key, stop, last, scratch.value_scales + at);
+      }
     }
     for (int first = 0; first < rows; first += 2 * kPanel) {
       const int panel_rows = min(2 * kPanel, rows - first);
@@ -189,7 +206,7 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
         else score_many<2>(scratch, first, panel_rows, count, size);
       }
       Softmax part[2 * kPanel];
-      weigh_panels<kWithStats>(p, scratch, first, panel_rows, begin, stop, part);
+      weigh_panels<kWithStats, kScaled>(p, scratch, first, panel_rows, begin, stop, part);
       sum_values(scratch, panel_rows, count, size);
       for (int r = 0; r < panel_rows; ++r) {
         const float* const out = scratch.out + r * size;

@@ -17,6 +17,7 @@ using torch::stable::Tensor;
 inline pagestream::DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return pagestream::DType::kFloat32;
+    case ScalarType::Char: return pagestream::DType::kInt8;
     case ScalarType::Float8_e4m3fn: return pagestream::DType::kFloat8;
     case ScalarType::BFloat16: return pagestream::DType::kBFloat16;
     default: return pagestream::DType::kFloat16;
@@ -27,7 +28,7 @@ inline pagestream::AttentionParams make_params(
     const Tensor& query, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
     const Tensor& query_starts, const Tensor& context_lengths, double scale, int64_t window, const Tensor& out,
     const std::optional<Tensor>& stats, const std::optional<Tensor>& page_masses) {
-  pagestream::AttentionParams p;
+  pagestream::AttentionParams p = {};
   p.query = query.data_ptr();
   p.out = out.data_ptr();
   p.key_cache = key_cache.data_ptr();

@@ -24,6 +24,7 @@ typedef float Float __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UInt __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t UShort __attribute__((vector_size(kLanes * 2)));
+typedef int8_t Byte __attribute__((vector_size(kLanes)));
 
 inline Float load(const float* p) {
   Float x;
@@ -53,6 +54,16 @@ inline Float load_wide(const Float16* p) {
   Float x;
   for (int i = 0; i < kLanes; ++i) x[i] = to_float(p[i]);
   return x;
+#endif
+}
+
+inline Float load_wide(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Byte x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(__builtin_convertvector(x, Int), Float);
 #endif
 }
 

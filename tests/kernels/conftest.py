@@ -31,6 +31,8 @@ class Batch:
     window: int
     keys: list[Tensor] = field(default_factory=list)  # per sequence [n, Hkv, D], as stored
     values: list[Tensor] = field(default_factory=list)
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 @dataclass
@@ -111,6 +113,26 @@ def random_batch(
     return pack(queries, keys, values, seed=seed, query_dtype=query_dtype, **options)  # type: ignore[arg-type]
 
 
+def int8_batch(rows: Sequence[tuple[int, int]], **options: Any) -> Batch:
+    """A batch in int8 with a scale per slot and KV head, of which those of nobody's slots are NaN; the oracle sees what
+    the stored numbers mean."""
+    batch = random_batch(rows, **options)
+    page_size = batch.key_cache.shape[2]
+
+    def stored(cache: Tensor, originals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        scales = cache.abs().amax(-1) / 127
+        codes = (cache / scales[..., None]).round().nan_to_num(99).to(torch.int8)
+        for s, original in enumerate(originals):
+            pages = batch.block_tables[s, : -(-len(original) // page_size)].long()
+            meant = codes[pages] * scales[pages][..., None]
+            originals[s] = meant.transpose(1, 2).flatten(0, 1)[: len(original)]
+        return codes, scales
+
+    batch.key_cache, batch.key_scales = stored(batch.key_cache, batch.keys)
+    batch.value_cache, batch.value_scales = stored(batch.value_cache, batch.values)
+    return batch
+
+
 def float8_batch(
     rows: Sequence[tuple[int, int]], key_scale: float, value_scale: float, **options: Any
 ) -> tuple[Batch, tuple[Tensor, Tensor]]:
@@ -149,7 +171,8 @@ def run(batch: Batch, operator: Callable[..., None], device: str, *, stats: bool
     out = torch.full_like(tensors[0].contiguous(), float("nan"))
     got_stats = torch.full((*shape[:2], 5), float("nan"), device=device) if stats else None
     masses = torch.full((*shape[:2], pages), float("nan"), device=device) if page_masses else None
-    operator(*tensors, scale=batch.scale, window=batch.window, out=out, stats=got_stats, page_masses=masses)
+    scales = {} if batch.key_scales is None else {"key_scales": batch.key_scales, "value_scales": batch.value_scales}
+    operator(*tensors, scale=batch.scale, window=batch.window, out=out, stats=got_stats, page_masses=masses, **scales)
     return Result(
         out.cpu().float(),
         None if got_stats is None else got_stats.cpu(),
@@ -246,7 +269,8 @@ def compare(name: str, actual: object, expected: object, tolerance: object) -> N
 
 def check_against_oracle(batch: Batch, result: Result) -> None:
     out, stats, masses, spread = oracle(batch)
-    roundings = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # of results, and of weights beside such values
+    # Of results, and of weights beside such values.
+    roundings = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.int8: 2.0**-8}
     rounding = max(roundings.get(tensor.dtype, 0.0) for tensor in (batch.query, batch.key_cache))
     largest_value = max(float(v.float().abs().max()) for v in batch.values)
     compare("out", result.out, out, 5e-6 * largest_value + rounding * (np.abs(out) + spread))
@@ -269,6 +293,7 @@ class Helpers:
     pack = staticmethod(pack)
     random_batch = staticmethod(random_batch)
     float8_batch = staticmethod(float8_batch)
+    int8_batch = staticmethod(int8_batch)
     check_against_oracle = staticmethod(check_against_oracle)
     compare = staticmethod(compare)
     Result = Result

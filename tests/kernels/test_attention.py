@@ -52,6 +52,16 @@ def test_cache_may_be_narrower_than_query(attend, helpers, query_dtype):
     helpers.check_against_oracle(batch, attend(batch))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["decode", "mixed", "page 128, group 8, D 128", "negative scale", "D 24: not a multiple of a vector", "window 60"],
+)
+def test_int8_caches_equal_float64(attend, helpers, name):
+    rows, options = CASES[name]
+    batch = helpers.int8_batch(rows, **options)
+    helpers.check_against_oracle(batch, attend(batch))
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 330)), min_size=1, max_size=4),

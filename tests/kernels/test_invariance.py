@@ -33,6 +33,7 @@ def rows_of(batch, sequence, rows):
         (torch.bfloat16, torch.bfloat16),
         (torch.bfloat16, torch.float32),
         (torch.float16, torch.float16),
+        (torch.int8, torch.float32),
     ],
     ids=str,
 )
@@ -40,8 +41,11 @@ def rows_of(batch, sequence, rows):
 @pytest.mark.parametrize(("head_size", "heads"), [(64, (9, 3)), (80, (6, 2)), (128, (17, 1))])
 def test_alone_in_a_batch_and_in_any_chunks(cpp_attend, helpers, dtype, query_dtype, window, head_size, heads):
     lengths = [(1, 900), (300, 700), (1, 3), (40, 40)]
-    options = {"dtype": dtype, "query_dtype": query_dtype, "window": window, "head_size": head_size}
-    batch = helpers.random_batch(lengths, heads=heads, page_size=32, **options)
+    options = {"query_dtype": query_dtype, "window": window, "head_size": head_size, "heads": heads, "page_size": 32}
+    if dtype == torch.int8:
+        batch = helpers.int8_batch(lengths, **options)
+    else:
+        batch = helpers.random_batch(lengths, dtype=dtype, **options)
     together = cpp_attend(batch)
     for sequence, (new, _) in enumerate(lengths):
         begin = int(batch.query_starts[sequence])

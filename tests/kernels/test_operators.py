@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -63,6 +64,40 @@ def test_store_kv_writes_its_slots_and_nothing_else(operator, from_dtype, to_dty
         expected[slot // 16, 1, :, slot % 16] = value[row].to(to_dtype)
     operator(key, value, storage[:, 0], storage[:, 1], slots)
     assert torch.equal(storage, expected)
+
+
+@pytest.mark.parametrize("operator", [store_kv, reference.store_kv], ids=["operator", "reference"])
+@pytest.mark.parametrize("from_dtype", DTYPES, ids=str)
+def test_store_kv_gives_int8_rows_a_scale(operator, from_dtype):
+    """Against NumPy; rows of zeros and of one huge number are exact, and NaN and infinity stay visible."""
+    codes, scales = torch.full((6, 2, 3, 16, 24), 7, dtype=torch.int8), torch.full((6, 2, 3, 16), 7.0)
+    rows = torch.randn(20, 6, 24).mul(torch.logspace(-3, 3, 20)[:, None, None]).to(from_dtype)
+    rows[3], rows[4], rows[5, :, 2], rows[6, :, 3] = 0, 0, float("nan"), -float("inf")
+    rows[4, :, 7] = -60000
+    slots = torch.randperm(96)[:20]
+    wanted_codes, wanted_scales = codes.numpy().copy(), scales.numpy().copy()
+    for row, slot in zip(rows.float().numpy(), slots.tolist(), strict=True):
+        largest = np.abs(row).max(-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            inverse = np.where(largest > 0, np.float32(127) / largest, 0).astype(np.float32)
+            rounded = np.rint(row * inverse[:, None])
+        at = (slot // 16, slice(None), slice(None), slot % 16)
+        wanted_codes[at] = np.nan_to_num(rounded, nan=0).reshape(2, 3, 24)
+        wanted_scales[at] = (largest / np.float32(127)).reshape(2, 3)
+    key, value = rows[:, :3], rows[:, 3:]
+    operator(key, value, codes[:, 0], codes[:, 1], slots, key_scales=scales[:, 0], value_scales=scales[:, 1])
+    finite = np.isfinite(wanted_scales)
+    np.testing.assert_array_equal(scales.numpy(), wanted_scales)
+    np.testing.assert_array_equal(codes.numpy()[finite], wanted_codes[finite])
+
+
+def test_int8_caches_need_their_scales(helpers):
+    batch = helpers.int8_batch([(1, 20)], heads=(4, 2), head_size=16, page_size=16)
+    call = {**replace(arguments(batch)), "value_scales": batch.value_scales}
+    with pytest.raises(ValueError, match="need key_scales and value_scales"):
+        paged_attention(**call)
+    with pytest.raises(ValueError, match="key_scales must have shape"):
+        paged_attention(**call, key_scales=batch.key_scales[:, :1])
 
 
 @pytest.mark.parametrize("narrow", DTYPES[1:], ids=str)

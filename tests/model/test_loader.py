@@ -73,6 +73,17 @@ def test_the_context_is_the_smaller_of_the_models_and_the_one_asked_for(folder: 
     assert load(folder, max_context=10_000).max_context == 256
 
 
+def test_int8_keys_and_values_keep_logits_close_and_need_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the network of operations, where matrices are fp32, and in the one of a single call."""
+    tokens = [5, 17, 42, 3, 88, 21]
+    for dtype in ("fp32", "int8"):
+        exact, ours = (_logits(load(folder, dtype=dtype, kv_dtype=name), tokens) for name in ("bf16", "int8"))
+        assert 0 < (ours - exact).norm() < 0.01 * exact.norm()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ModelError, match="--kv-dtype int8 needs --device cpu"):
+        load(folder, device="cuda", kv_dtype="int8")
+
+
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp16"])
 def test_the_cache_may_be_narrower_than_the_weights(folder: Path, kv_dtype: str) -> None:
     loaded = load(folder, kv_dtype=kv_dtype)

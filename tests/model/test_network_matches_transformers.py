@@ -138,9 +138,10 @@ def load(model: PreTrainedModel, config: ModelConfig, dtype: torch.dtype = torch
 
 def poisoned_cache(config: ModelConfig, dtype: torch.dtype = torch.float32) -> KVCache:
     cache = KVCache(config, NUM_PAGES, PAGE_SIZE, dtype, CPU)
-    for layer in cache.layers:
+    for layer in (*cache.layers, *cache.layer_scales):
         for part in layer:
-            part.fill_(torch.nan)
+            if part is not None and part.is_floating_point():
+                part.fill_(torch.nan)
     return cache
 
 

@@ -163,10 +163,22 @@ def test_a_poisoned_request_is_named_and_harms_no_other(runner: Runner) -> None:
     assert good.tokens == answers_alone(make_runner())[2]
 
 
-def test_bytes_per_token_is_what_the_cache_takes() -> None:
-    cache = KVCache(CONFIG, NUM_PAGES, PAGE_SIZE, torch.bfloat16, CPU)
-    taken = sum(part.nbytes for layer in cache.layers for part in layer)
-    assert taken == NUM_PAGES * PAGE_SIZE * bytes_per_token(CONFIG, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_bytes_per_token_is_what_the_cache_takes(dtype: torch.dtype) -> None:
+    cache = KVCache(CONFIG, NUM_PAGES, PAGE_SIZE, dtype, CPU)
+    parts = (*cache.layers, *cache.layer_scales)
+    taken = sum(part.nbytes for layer in parts for part in layer if part is not None)
+    assert taken == cache.storage.nbytes == NUM_PAGES * PAGE_SIZE * bytes_per_token(CONFIG, dtype)
+
+
+def test_copied_pages_bring_their_scales() -> None:
+    cache = KVCache(CONFIG, NUM_PAGES, PAGE_SIZE, torch.int8, CPU)
+    cache.storage.random_(0, 127)
+    cache.copy_pages([1, 2], [5, 0])
+    for layer in (*cache.layers, *cache.layer_scales):
+        for part in layer:
+            assert part is not None
+            assert torch.equal(part[[1, 2]], part[[5, 0]])
 
 
 def test_keys_and_values_of_a_page_and_head_are_adjacent() -> None:

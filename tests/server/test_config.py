@@ -50,7 +50,7 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
     [
         ("device", "gpu", "auto, cpu, cuda"),
         ("dtype", "int2", "auto, fp32, bf16, int8, int4"),
-        ("kv_dtype", "int8", "auto, fp32, bf16, fp16"),
+        ("kv_dtype", "int4", "auto, fp32, bf16, fp16, int8"),
         ("grpc_port", 65536, "from 0 to 65535"),
         ("http_port", True, "from 0 to 65535"),
         ("threads", 0, "at least 1"),
