@@ -74,6 +74,9 @@ def serve(
     prefix_cache: Annotated[
         bool | None, _setting("Keep what was computed for prompts that begin alike.", ServerConfig.prefix_cache)
     ] = None,
+    speculation: Annotated[
+        bool | None, _setting("Guess from the prompt what comes next; same answers.", "with int4 and int8")
+    ] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
     target_gap_ms: Annotated[float | None, _setting("Gap beside long prompts.", ServerConfig.target_gap_ms)] = None,
     max_running: Annotated[int | None, _setting("Requests at once.", "64, or the token budget")] = None,

@@ -54,7 +54,8 @@ def assemble(
     _warm_up(loaded, config.token_budget)
     max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
     pool = BlockPool(loaded.plan.num_pages, config.page_size, prefix_cache=config.prefix_cache)
-    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
+    speculation = loaded.is_row_invariant if config.speculation is None else config.speculation
+    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running, speculation=speculation)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
     pace = Pace(target_gap=config.target_gap_ms / 1000)
     readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
