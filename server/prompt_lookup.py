@@ -22,7 +22,7 @@ class PromptLookup:
     def __init__(self) -> None:
         self._following: dict[tuple[int, ...], int] = {}  # n-gram -> position after it, where it occurred last
         self._num_indexed = 0  # positions
-        self._acceptance = 0.5  # estimated probability that a proposed token is right if those before it were
+        self._acceptance = 0.4  # estimated probability that a proposed token is right if those before it were
         self._passed_over = 0
 
     def propose(self, tokens: Sequence[int], limit: int) -> list[int]:

@@ -62,8 +62,7 @@ def test_loads_reports_and_answers_as_transformers(folder: Path, caplog: pytest.
 
     tokens = [3, 14, 15, 92, 65]
     chunk = Chunk("r", tokens, len(tokens), 0, len(tokens), [loaded.plan.num_pages - 1], SamplingParams())
-    (sampled,) = loaded.runner.step(StepPlan((chunk,))).sampled
-    assert sampled is not None
+    ((sampled,),) = loaded.runner.step(StepPlan((chunk,))).sampled
     with torch.no_grad():
         assert sampled.token_id == int(model(torch.tensor([tokens])).logits[0, -1].argmax())
 
@@ -77,7 +76,7 @@ def test_the_context_is_the_smaller_of_the_models_and_the_one_asked_for(folder: 
 def test_the_cache_may_be_narrower_than_the_weights(folder: Path, kv_dtype: str) -> None:
     loaded = load(folder, kv_dtype=kv_dtype)
     chunk = Chunk("r", [1, 2, 3], 3, 0, 3, [0], SamplingParams())
-    assert loaded.runner.step(StepPlan((chunk,))).sampled[0] is not None
+    assert loaded.runner.step(StepPlan((chunk,))).sampled[0]
     assert loaded.kv_dtype == kv_dtype
 
 

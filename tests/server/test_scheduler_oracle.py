@@ -25,6 +25,7 @@ def simulations(draw: st.DrawFn) -> Simulation:
         token_budget=draw(st.integers(max_running, max_running + 8)),
         max_running=max_running,
         prefix_cache=draw(st.sampled_from((True, True, False))),
+        speculation=draw(st.booleans()),
     )
 
 
@@ -94,7 +95,7 @@ def test_every_request_finishes_within_a_bound_that_later_ones_cannot_move(
 def test_accounts_hold_through_thousands_of_random_events() -> None:
     """Finish, cancel, deadline and preempt at random on a pool of 96 tokens, until 5,000 of them have happened."""
     chance = random.Random(20)
-    simulation = Simulation(num_blocks=24, block_size=4, token_budget=16, max_running=8)
+    simulation = Simulation(num_blocks=24, block_size=4, token_budget=16, max_running=8, speculation=True)
     number = 0
     while simulation.events.total() < 5_000:
         while simulation.scheduler.num_waiting < 4:
@@ -112,7 +113,16 @@ def test_accounts_hold_through_thousands_of_random_events() -> None:
     for request in (*simulation.scheduler.running, *simulation.scheduler.waiting, *simulation.scheduler.paused):
         simulation.interrupt(request, FinishReason.SHUTDOWN)
     simulation.check_answers()
-    for event in ("preempted", "resumed", "cancelled", "deadline", "end_of_sequence", "stop_token", "copied"):
+    for event in (
+        "preempted",
+        "resumed",
+        "cancelled",
+        "deadline",
+        "end_of_sequence",
+        "stop_token",
+        "copied",
+        "accepted",
+    ):
         assert simulation.events[event] >= 100, simulation.events
 
 
