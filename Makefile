@@ -45,6 +45,7 @@ bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
 	@$(BIN)/python benchmarks/start.py
 	@$(BIN)/python benchmarks/decode.py
 	@$(BIN)/python benchmarks/step_share.py
+	@$(BIN)/python benchmarks/perplexity.py
 	@$(BIN)/python -m pagestream.kernels.bench
 
 soak: setup .venv/.test  ## 10,000 random client events and readers that stop: what is left of them, within 10 minutes

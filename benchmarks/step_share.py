@@ -2,10 +2,10 @@
 sampling, the engine's Python; and the processor time of gRPC and its event loop beside it.
 
 Method: the real server in its own process, whose functions in PARTS are timed by wrapping them (about a microsecond a
-call, counted to the caller). Streams of 128 random prompt tokens decode greedily; the step is wall time over steps,
-from when all streams decode until the first ends. Shares are of that time and add up to 1: "Python" is what is left,
-so also waits for the interpreter. gRPC runs meanwhile in other threads: its processor time, also over the step, is no
-part of the sum. The last line is one JSON document.
+call, counted to the caller); the compiled network counts its own parts. Streams of 128 random prompt tokens decode
+greedily; the step is wall time over steps, from when all streams decode until the first ends. Shares are of that time
+and add up to 1: "Python" is what is left, so also waits for the interpreter. gRPC runs meanwhile in other threads: its
+processor time, also over the step, is no part of the sum. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from typing import Any
 import grpc
 from record import read_bandwidth, save
 
-from pagestream import kernels
 from pagestream.model import runner
 from pagestream.model.network import Network
 from pagestream.server.app import serve
@@ -39,10 +38,7 @@ from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = {1: 256, 8: 256, 32: 384}  # by streams: the first must not end before the last prompt is read
-PARTS = (  # who calls it under which name, and what it is counted as; the network contains the two before it
-    (kernels, "store_kv", "attention"),
-    (kernels, "paged_attention", "attention"),
-    (kernels, "quantized_linear", "linear layers"),
+PARTS = (  # who calls it under which name, and what it is counted as
     (Network, "logits", "network"),
     (runner, "sample", "sampling"),
 )
@@ -56,6 +52,7 @@ def serve_and_count() -> None:
     nanoseconds: Counter[str] = Counter()
     for owner, name, part in PARTS:
         setattr(owner, name, _timed(getattr(owner, name), part, nanoseconds))
+    Network.logits = _with_its_parts(Network.logits, nanoseconds)  # type: ignore[method-assign]
     threading.Thread(target=_answer, args=(nanoseconds,), daemon=True).start()
     serve(ServerConfig(grpc_port=0, http_port=0))
 
@@ -67,6 +64,19 @@ def _timed(function: Callable[..., Any], part: str, nanoseconds: Counter[str]) -
         result = function(*arguments, **options)
         nanoseconds[part] += time.perf_counter_ns() - started
         nanoseconds[f"{part} calls"] += 1
+        return result
+
+    return call
+
+
+def _with_its_parts(logits: Callable[..., Any], nanoseconds: Counter[str]) -> Callable[..., Any]:
+    """Attention and products as the compiled decoder counts them."""
+
+    def call(network: Network, *arguments: Any) -> Any:
+        result = logits(network, *arguments)
+        if network._decoder is not None:  # noqa: SLF001 - nobody else asks
+            seconds = network._decoder.seconds()  # noqa: SLF001
+            nanoseconds["attention"], nanoseconds["linear layers"] = (round(part * 1e9) for part in seconds)
         return result
 
     return call

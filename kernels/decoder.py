@@ -29,7 +29,7 @@ torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
     "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, Tensor(a!) caches, "
-    "Tensor(b!) logits) -> ()",
+    "Tensor(b!) logits, Tensor(c!) seconds) -> ()",
 )
 
 
@@ -109,6 +109,7 @@ class Decoder:
         self._epsilon, self._magnitude = epsilon, magnitude
         self._num_layers, self._vocabulary = len(layers), vocabulary
         self._cache_heads = (num_kv_heads, head_size)
+        self._seconds = torch.zeros(2, dtype=torch.float64)
 
     def __call__(
         self,
@@ -158,8 +159,14 @@ class Decoder:
             sampled_rows,
             caches,
             logits,
+            self._seconds,
         )
         return logits
+
+    def seconds(self) -> tuple[float, float]:
+        """How long attention and how long products with weights have taken since this object was made."""
+        attention, products = self._seconds.tolist()
+        return attention, products
 
     def _check_caches(self, caches: Tensor) -> None:
         _, pages, _, _, page_size, _ = caches.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib import metadata
@@ -77,6 +78,9 @@ def serve(
     speculation: Annotated[
         bool | None, _setting("Guess from the prompt what comes next; same answers.", "with int4 and int8")
     ] = None,
+    deterministic: Annotated[
+        bool | None, _setting("Refuse fp32 and bf16, whose sums depend on the batch.", ServerConfig.deterministic)
+    ] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
     target_gap_ms: Annotated[float | None, _setting("Gap beside long prompts.", ServerConfig.target_gap_ms)] = None,
     max_running: Annotated[int | None, _setting("Requests at once.", "64, or the token budget")] = None,
@@ -131,9 +135,11 @@ def generate(
     presence_penalty: Annotated[float | None, typer.Option(help="Once for each token.", show_default="0")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="For every use.", show_default="0")] = None,
     seed: Seed = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="Answers, of seeds in a row.", show_default="1")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the events, one JSON object a line.")] = False,
 ) -> None:
-    """Streams one answer to stdout and a summary to stderr. Ctrl-C cancels it on the server too.
+    """Streams one answer to stdout and a summary to stderr; several answers as each is complete. Ctrl-C cancels on the
+    server too.
 
     Examples:
     [bold]pagestream generate "Why is the sky blue?" --max-tokens 80[/]
@@ -152,7 +158,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
     )
-    request = GenerateStreamRequest(sampling=sampling, stop=stop_config)
+    request = GenerateStreamRequest(sampling=sampling, stop=stop_config, n=n or 0)
     prompt = sys.stdin.read() if text == "-" else text
     if chat:
         request.chat.messages.add(role="user", content=prompt)
@@ -161,6 +167,8 @@ def generate(
     with _connect(address) as client:
         if json:
             _print_events(client, request)
+        elif request.n > 1:
+            _print_answers(client, request)
         else:
             _print_answer(client, request)
 
@@ -175,6 +183,18 @@ def _print_answer(client: Client, request: GenerateStreamRequest) -> None:
             typer.echo()  # what came of an answer that broke off ends in a line too
     if answer.finished:
         terminal.print(summary(answer.finished), style="dim")
+
+
+def _print_answers(client: Client, request: GenerateStreamRequest) -> None:
+    """Each whole when it ends, under its index: streams that take turns could not be read."""
+    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
+    texts: dict[int, str] = defaultdict(str)
+    with closing(client.stream(request)) as events:
+        for event in events:
+            texts[event.delta.index] += event.delta.text
+            if event.HasField("finished"):
+                typer.echo(f"[{event.finished.index}] {texts[event.finished.index]}")
+                terminal.print(summary(event.finished), style="dim")
 
 
 def _print_events(client: Client, request: GenerateStreamRequest) -> None:

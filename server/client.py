@@ -150,8 +150,8 @@ def summary(finished: Finished) -> str:
     """One line on what an answer cost, by the server's clock."""
     usage, timings = finished.usage, finished.timings
     cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
-    parts = [
-        f"{usage.prompt_tokens:,} prompt tokens{cached}",
+    parts = [f"{usage.prompt_tokens:,} prompt tokens{cached}"] if usage.prompt_tokens else []  # else counted before
+    parts += [
         f"{usage.output_tokens:,} answer tokens",
         f"first token after {_seconds(timings.time_to_first_token):.2f} s",
     ]

@@ -206,6 +206,8 @@ class Engine:
         return result
 
     def _execute_alone(self, chunk: Chunk) -> tuple[SampledToken, ...]:
+        if chunk.request_id not in self._jobs:  # another answer to its prompt has failed
+            return ()
         try:
             return self._runner.step(StepPlan((chunk.without_proposals(),))).sampled[0]
         except Exception:
@@ -244,10 +246,14 @@ class Engine:
         self._metrics.observe_gaps(contexts, gaps)
 
     def _end(self, job: Job, reason: FinishReason, error: RequestError | None = None) -> None:
-        """A request ends without an answer; a client that left is told nothing."""
+        """A call ends without all its answers, unless it has done so before; a client that left is told nothing."""
+        if job.request.is_finished:
+            return
         if error is not None:
             self._publication.append((job, job.failed(error)))
-        self._release(job, reason)
+        for answer in (job, *job.others):
+            if not answer.request.is_finished:
+                self._release(answer, reason)
 
     def _release(self, job: Job, reason: FinishReason) -> None:
         self._scheduler.finish(job.request, reason)

@@ -23,6 +23,7 @@ class Delta:
 
     text: str
     tokens: tuple[SampledToken, ...]
+    index: int = 0  # of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,12 @@ class Finished:
     timings: Timings
     matched_stop: str | None = None
     matched_stop_token_id: int | None = None
+    index: int = 0  # of the answer
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request ends in an error status."""
+    """The request, with all its answers, ends in an error status."""
 
     error: RequestError
 

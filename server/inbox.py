@@ -55,37 +55,39 @@ class Inbox:
         return self._waiting_requests
 
     @contextmanager
-    def entering(self, fewest_tokens: int) -> Iterator[None]:
-        """Holds a place in the queue while a prompt of at least so many tokens is tokenised; `submit` belongs inside.
-        Raises at once what `submit` would raise whatever the prompt turns out to be."""
+    def entering(self, fewest_tokens: int, answers: int = 1) -> Iterator[None]:
+        """Holds a place in the queue for each answer while a prompt of at least so many tokens is tokenised; `submit`
+        belongs inside. Raises at once what `submit` would raise whatever the prompt turns out to be."""
         with self._changed:
-            self._check_open(self._entering, fewest_tokens)
-            self._entering += 1
+            self._check_open(self._entering, answers, answers * fewest_tokens)
+            self._entering += answers
         try:
             yield
         finally:
             with self._changed:
-                self._entering -= 1
+                self._entering -= answers
 
-    def submit(self, job: Job) -> int:
-        """Takes a request on and returns how many wait ahead of it. Raises DuplicateRequestError, QueueFullError or the
-        refusal in force."""
+    def submit(self, *jobs: Job) -> int:
+        """Takes on all answers to a prompt, or none, and returns how many requests wait ahead of them. Raises
+        DuplicateRequestError, QueueFullError or the refusal in force."""
         with self._changed:
-            ahead, tokens = self._waiting_requests, job.request.num_prompt_tokens
-            self._check_open(0, tokens)
-            if job.request.request_id in self._live:
-                raise DuplicateRequestError(f"request_id {job.request.request_id!r} belongs to a request still running")
-            self._live.add(job.request.request_id)
-            self._arrivals.append(job)
-            self._waiting_requests += 1
+            ahead, tokens = self._waiting_requests, sum(job.request.num_prompt_tokens for job in jobs)
+            self._check_open(0, len(jobs), tokens)
+            ids = [job.request.request_id for job in jobs]
+            if not self._live.isdisjoint(ids):
+                raise DuplicateRequestError(f"request_id {ids[0]!r} belongs to a request still running")
+            self._live.update(ids)
+            self._arrivals += jobs
+            self._waiting_requests += len(jobs)
             self._waiting_tokens += tokens
             self._changed.notify()
         return ahead
 
-    def cancel(self, job: Job) -> None:
-        """Asks for the end of a request before the next step. The engine leaves alone one that has ended."""
+    def cancel(self, *jobs: Job) -> None:
+        """Asks for the end of all answers to a prompt before the next step. The engine leaves alone what has ended."""
         with self._changed:
-            self._cancels.append((job, self._clock()))
+            now = self._clock()
+            self._cancels += [(job, now) for job in jobs]
             self._changed.notify()
 
     def acknowledge(self, job: Job, tokens: int) -> None:
@@ -118,14 +120,17 @@ class Inbox:
             self._stop = self._clock()
             self._changed.notify()
 
-    def _check_open(self, others: int, tokens: int) -> None:
-        """Whether one more request of so many tokens may wait, beside what waits and `others`. An empty queue takes a
-        prompt of any length."""
+    def _check_open(self, others: int, answers: int, tokens: int) -> None:
+        """Whether so many more answers to prompts of so many tokens together may wait, beside what waits and `others`.
+        An empty queue takes a prompt of any length and any number of answers."""
         if self._refusal is not None:
             raise self._refusal
         waiting, limits = self._waiting_requests, self._limits
-        if waiting + others >= limits.max_requests or (waiting and self._waiting_tokens + tokens > limits.max_tokens):
-            text = f"{waiting + others} requests with {self._waiting_tokens} prompt tokens are waiting"
+        ahead = waiting + others
+        if (ahead and ahead + answers > limits.max_requests) or (
+            waiting and self._waiting_tokens + tokens > limits.max_tokens
+        ):
+            text = f"{ahead} requests with {self._waiting_tokens} prompt tokens are waiting"
             raise QueueFullError(text, self.predicted_wait)
 
     # ---- the engine's thread

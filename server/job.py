@@ -1,8 +1,12 @@
-"""A live request with all that the scheduler must not know: its text, its clock times, what its client wants to see."""
+"""A live request with all that the scheduler must not know: its text, its clock times, what its client wants to see.
+
+Each of several answers to one prompt is a job with a request of its own.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from pagestream.model.step import SampledToken
 from pagestream.model.text_stream import TextStream
@@ -23,7 +27,9 @@ class Job:
     deadline: float | None = None
     queue_deadline: float | None = None  # passes only while no step has worked on it
     progress_interval: float = 0.25
+    index: int = 0  # of the answer
 
+    others: Sequence[Job] = field(default=(), init=False, repr=False)  # answers to the same prompt; all fail together
     first_scheduled: float | None = field(default=None, init=False)
     first_token: float | None = field(default=None, init=False)
     last_token: float | None = field(default=None, init=False)
@@ -42,8 +48,9 @@ class Job:
         return FinishReason.STOP_STRING if self.matched_stop is not None else self.request.finish_reason
 
     def progress(self, now: float) -> Progress | None:
-        """What to say of the prompt after a step that sampled nothing; None if it is too soon to say it again."""
-        if now < self._next_progress:
+        """What to say of the prompt after a step that sampled nothing; None if it is too soon to say it again, or for
+        the first answer to say."""
+        if self.index or now < self._next_progress:
             return None
         self._next_progress = now + self.progress_interval
         total = self.request.num_prompt_tokens
@@ -66,7 +73,7 @@ class Job:
         if self.request.is_finished and self.matched_stop is None:
             text += self.text.finish()
         self._book_times(len(tokens), now)
-        return Delta(text, tokens)
+        return Delta(text, tokens, self.index)
 
     def _book_times(self, count: int, now: float) -> None:
         """Tokens of one step come at once: without a gap between them."""
@@ -82,19 +89,24 @@ class Job:
         assert reason is not None  # noqa: S101 - the engine asks only when is_finished
         return Finished(
             reason=reason,
-            prompt_tokens=self.request.num_prompt_tokens,
-            cached_tokens=self.request.num_cached or 0,
+            prompt_tokens=0 if self.index else self.request.num_prompt_tokens,  # counted once
+            cached_tokens=0 if self.index else self.request.num_cached or 0,
             output_tokens=self.request.num_output_tokens,
             preemptions=self.request.num_preemptions,
             timings=self.timings(),
             matched_stop=self.matched_stop,
             matched_stop_token_id=self.request.tokens[-1] if reason is FinishReason.STOP_TOKEN else None,
+            index=self.index,
         )
 
     def failed(self, error: RequestError) -> Failed:
-        """The end of a request that was taken on; `error` belongs to it alone."""
-        request = self.request
-        error.usage = Usage(request.num_prompt_tokens, request.num_output_tokens, request.num_preemptions)
+        """The end of a request that was taken on, with all its answers; `error` belongs to it alone."""
+        requests = [job.request for job in (self, *self.others)]
+        error.usage = Usage(
+            prompt_tokens=self.request.num_prompt_tokens,
+            output_tokens=sum(request.num_output_tokens for request in requests),
+            preemptions=sum(request.num_preemptions for request in requests),
+        )
         return Failed(error)
 
     def timings(self) -> Timings:
@@ -105,6 +117,23 @@ class Job:
             time_to_first_token=_between(self.received, self.first_token),
             gaps=tuple(self.gaps),
         )
+
+
+def with_others(first: Job, texts: Sequence[TextStream]) -> list[Job]:
+    """`first`, and a job for one more answer to its prompt in each of `texts`, drawn with the seeds that follow. These
+    have no queue deadline: it passes only while no step has worked on the call, so on the first."""
+    request, jobs = first.request, [first]
+    for index, text in enumerate(texts, start=1):
+        other = replace(
+            request,
+            request_id=f"{request.request_id}#{index}",
+            sampling=replace(request.sampling, seed=(request.sampling.seed + index) % 2**64),
+            starts_after=request,
+        )
+        jobs.append(replace(first, request=other, text=text, queue_deadline=None, index=index))
+    for job in jobs:
+        job.others = [other for other in jobs if other is not job]
+    return jobs
 
 
 Publication = list[tuple[Job, Event]]  # in order: everything one step has to say

@@ -1,4 +1,4 @@
-"""From a checked message to a Job: tokenises off the event loop and decides whether the prompt can ever fit."""
+"""From a checked message to its Jobs: tokenises off the event loop and decides whether the prompt can ever fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from concurrent.futures import Executor
+from functools import partial
 
 from pagestream.model.chat_template import TemplateError
 from pagestream.model.text_stream import TextStream
@@ -16,7 +17,7 @@ from pagestream.server.errors import (
     PromptExceedsKvCapacityError,
     PromptExceedsModelContextError,
 )
-from pagestream.server.job import Job
+from pagestream.server.job import Job, with_others
 from pagestream.server.metrics import Metrics
 from pagestream.server.request import Request
 from pagestream.server.served import ServedModel
@@ -25,14 +26,16 @@ from pagestream.v1 import generation_pb2 as pb
 
 async def prepare(
     message: validate.GenerateMessage,
+    num_answers: int,
     model: ServedModel,
     tenant: str,
     received: float,
     deadline: float | None,
     tokenizing: Executor,
     metrics: Metrics,
-) -> Job:
-    """Raises the refusals that need no queue: a bad field, a prompt too long for the model or for the pool."""
+) -> list[Job]:
+    """A job for each answer. Raises the refusals that need no queue: a bad field, a prompt too long for the model or
+    for the pool."""
     tokenizer = model.tokenizer
     validate.check_prompt(message, model.vocab_size)
     stop = validate.stop_rules(message.stop, tokenizer.eos_token_ids, model.vocab_size)
@@ -57,7 +60,15 @@ async def prepare(
         raise PromptExceedsKvCapacityError(len(prompt), model.kv_capacity_tokens)
     room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
     wanted = stop.max_tokens if stop.max_tokens is not None else room + 1
-    return Job(
+    text = partial(
+        TextStream,
+        tokenizer,
+        stop_strings=stop.stop_strings,
+        keep_special_tokens=message.output.special_tokens,
+        min_tokens=sampling.min_tokens,
+        continues_text=message.WhichOneof("prompt") != "chat",
+    )
+    first = Job(
         request=Request(
             request_id=message.request_id or uuid.uuid4().hex,
             prompt=prompt,
@@ -69,18 +80,13 @@ async def prepare(
             tenant=tenant,
             priority=priority,
         ),
-        text=TextStream(
-            tokenizer,
-            stop_strings=stop.stop_strings,
-            keep_special_tokens=message.output.special_tokens,
-            min_tokens=sampling.min_tokens,
-            continues_text=message.WhichOneof("prompt") != "chat",
-        ),
+        text=text(),
         received=received,
         deadline=deadline,
         queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
     )
+    return with_others(first, [text() for _ in range(1, num_answers)])
 
 
 def _tokenize(message: validate.GenerateMessage, model: ServedModel) -> list[int]:

@@ -58,6 +58,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     tenant: str = ""  # opaque; tenants share places in the batch and prompt tokens alike
     priority: Priority = Priority.NORMAL  # among the requests of its tenant
+    starts_after: Request | None = None  # one with the same prompt, which it finds in the cache once that is read
 
     tokens: list[int] = field(init=False)  # prompt, then output
     num_computed: int = field(default=0, init=False)
@@ -107,6 +108,11 @@ class Request:
     def drop_last(self, count: int) -> None:
         """Forgets its last `count` tokens, because its answer ends before them; it must be finished next."""
         del self.tokens[len(self.tokens) - count :]
+
+    @property
+    def may_start(self) -> bool:
+        first = self.starts_after
+        return first is None or first.num_output_tokens > 0 or first.is_finished
 
     def reason_to_finish(self, capacity: int) -> FinishReason | None:
         """Why its latest token ends it; None if it goes on. A pool of `capacity` tokens must hold all but that one."""

@@ -14,6 +14,7 @@ The law, and why it holds:
 - Decodes come first, and the budget holds a token for each running request. What they leave over, less if the caller
   limits it, the prompts that run share (`fair_share.py`): the oldest always gets some, and short ones need not wait for
   long ones. So a request starts as soon as there is room for it, not only when older prompts are read.
+- One that starts after another has no turn until that one's first token is made, a number of steps that is bounded too.
 - Only running requests hold blocks (`request_blocks.py`). What the others have computed is in the prefix cache until
   the room is needed, so that a preemption costs what has been evicted when its request starts again.
 """
@@ -35,6 +36,7 @@ from pagestream.server.request import FinishReason, Request, RequestState
 from pagestream.server.speculation import accept, add_proposals
 
 MAX_PREEMPTIONS = 3  # per request
+GROWTH = 4  # pages that every running answer has room for when another request starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +219,13 @@ class Scheduler:
         often as it may: then nothing that runs can run out of room. So no request is preempted step after step, and
         none waits for room that answers shorter than allowed never use.
         """
-        if not self._waiting or len(self._running) == self._max_running:
+        ready = [request for request in self._waiting if request.may_start]
+        if not ready or len(self._running) == self._max_running:
             return None
-        first = next_in_turn(self._waiting, self._running)
+        first = next_in_turn(ready, self._running)
         candidates = (*self._running, first)
         most = max(request.num_preemptions for request in candidates)
-        growth = 4 * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
+        growth = GROWTH * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
         wanted = sum(
             request_blocks.num_missing(
                 self._pool, request, min(request.num_tokens + growth, request.final_length(self._pool.capacity))

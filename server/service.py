@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from typing import Any
@@ -17,7 +18,7 @@ from pagestream.server.metrics import Metrics
 from pagestream.server.prepare import prepare
 from pagestream.server.served import ModelSlot
 from pagestream.server.streams import Streams, merge
-from pagestream.server.validate import GenerateMessage
+from pagestream.server.validate import GenerateMessage, num_answers
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.generation_pb2_grpc import GenerationServiceServicer
 
@@ -27,7 +28,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GenerationService(GenerationServiceServicer):
-    """Prompts in, tokens out. Refusals are statuses; a stream that ends OK has ended with Finished."""
+    """Prompts in, tokens out. Refusals are statuses; a stream that ends OK has ended with a Finished of each answer."""
 
     def __init__(self, slot: ModelSlot, streams: Streams, tokenizing: Executor, metrics: Metrics) -> None:
         self._slot = slot
@@ -47,7 +48,8 @@ class GenerationService(GenerationServiceServicer):
     async def Generate(  # noqa: N802 - the proto's name
         self, request: pb.GenerateRequest, context: Context
     ) -> pb.GenerateResponse:
-        deltas: list[Delta] = []
+        deltas: dict[int, list[Delta]] = defaultdict(list)
+        finished: dict[int, Finished] = {}
         response = pb.GenerateResponse()
         try:
             async for event in self._events(request, context):
@@ -55,15 +57,18 @@ class GenerationService(GenerationServiceServicer):
                     case pb.Accepted():
                         response.accepted.CopyFrom(event)
                     case Delta():
-                        deltas.append(event)
+                        deltas[event.index].append(event)
                     case Finished():
-                        response.finished.CopyFrom(translate.finished(event))
+                        finished[event.index] = event
         except RequestError as error:
             await status.abort(context, error)
-        whole = translate.delta(merge(deltas), request.output)
-        response.text = whole.text
-        response.token_ids.extend(whole.token_ids)
-        response.logprobs.extend(whole.logprobs)
+        for index, end in sorted(finished.items()):
+            whole = translate.delta(merge(deltas[index]), request.output)
+            answer = response.others.add() if index else response
+            answer.text = whole.text
+            answer.token_ids.extend(whole.token_ids)
+            answer.logprobs.extend(whole.logprobs)
+            answer.finished.CopyFrom(translate.finished(end))
         return response
 
     async def _events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
@@ -76,31 +81,34 @@ class GenerationService(GenerationServiceServicer):
             deadline = None if remaining is None else received + remaining
             tenant = _tenant(context)
             # Before tokenising: a full or draining server must not spend time on the prompt.
-            with engine.inbox.entering(max(1, len(request.token_ids.ids))):
-                job = await prepare(request, model, tenant, received, deadline, self._tokenizing, self._metrics)
-                queue_position = engine.inbox.submit(job)
+            answers = num_answers(request)
+            with engine.inbox.entering(max(1, len(request.token_ids.ids)), answers):
+                jobs = await prepare(
+                    request, answers, model, tenant, received, deadline, self._tokenizing, self._metrics
+                )
+                queue_position = engine.inbox.submit(*jobs)
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise
-        mailbox = self._streams.open(job)  # no await since submit, so no event can have been missed
+        mailbox = self._streams.open(*jobs)  # no await since submit, so no event can have been missed
 
         def let_go(_context: Context) -> None:
-            self._streams.close(job)
-            engine.inbox.cancel(job)  # a no-op unless the client has gone or this handler broke
+            self._streams.close(*jobs)
+            engine.inbox.cancel(*jobs)  # a no-op unless the client has gone or this handler broke
 
         # Not a `finally`: gRPC drops a generator whose client has gone, and its end would come when it is collected.
         context.add_done_callback(let_go)  # type: ignore[arg-type]  # the stubs' callback has no such signature
-        yield translate.accepted(job, queue_position)
+        yield translate.accepted(jobs[0], queue_position)
         waiting_for_first = True
         async for event in mailbox:
             if isinstance(event, Failed):
                 raise event.error
             yield event  # comes back when gRPC has taken it
             if isinstance(event, Delta):
-                engine.inbox.acknowledge(job, len(event.tokens))
+                engine.inbox.acknowledge(jobs[event.index], len(event.tokens))
                 if waiting_for_first:
                     waiting_for_first = False
-                    self._metrics.observe_first_delta(job.request.num_prompt_tokens, time.monotonic() - received)
+                    self._metrics.observe_first_delta(jobs[0].request.num_prompt_tokens, time.monotonic() - received)
 
 
 def _tenant(context: Context) -> str:

@@ -1,4 +1,4 @@
-"""The bridge from the engine's thread to the event loop: one mailbox for each live request."""
+"""The bridge from the engine's thread to the event loop: one mailbox for each live call."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pagestream.server.job import Job, Publication
 
 
 class Mailbox:
-    """Events of one request on their way to its handler; used on the event loop only.
+    """Events of all answers to one prompt on their way to the handler; used on the event loop only.
 
-    Deltas that wait are merged when they are read and progress is overwritten, so a slow reader costs a few events
-    and at most the tokens that backpressure.py lets wait.
+    Deltas of an answer that wait are merged when they are read and progress is overwritten, so a slow reader costs a
+    few events and at most the tokens that backpressure.py lets wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_answers: int = 1) -> None:
+        self._num_open = num_answers
         self._progress: Progress | None = None
-        self._deltas: list[Delta] = []
-        self._end: Finished | Failed | None = None
+        self._deltas: dict[int, list[Delta]] = {}  # by answer
+        self._ends: list[Finished | Failed] = []
         self._arrived = asyncio.Event()
 
     def put(self, event: Event) -> None:
@@ -27,29 +28,35 @@ class Mailbox:
             case Progress():
                 self._progress = event
             case Delta():
-                self._deltas.append(event)
-            case _:
-                self._end = event
+                self._deltas.setdefault(event.index, []).append(event)
+            case Finished():
+                self._ends.append(event)
+                self._num_open -= 1
+            case Failed():
+                self._ends.append(event)
+                self._num_open = 0
         self._arrived.set()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        """Yields until the end of the request; the last event is Finished or Failed."""
-        while True:
+        """Yields until all answers are Finished or one has Failed, which is the last event."""
+        while self._num_open or self._arrived.is_set():
             await self._arrived.wait()
             self._arrived.clear()
             progress, self._progress = self._progress, None
-            deltas, self._deltas = self._deltas, []
+            deltas, self._deltas = self._deltas, {}
+            ends, self._ends = self._ends, []
             if progress is not None:
                 yield progress
-            if deltas:
-                yield merge(deltas)
-            if self._end is not None and not self._deltas:
-                yield self._end
-                return
+            for waiting in deltas.values():
+                yield merge(waiting)
+            for end in ends:
+                yield end
 
 
 def merge(deltas: list[Delta]) -> Delta:
-    return Delta("".join(d.text for d in deltas), tuple(token for d in deltas for token in d.tokens))
+    """One for all, which are of one answer."""
+    tokens = tuple(token for d in deltas for token in d.tokens)
+    return Delta("".join(d.text for d in deltas), tokens, deltas[0].index)
 
 
 class Streams:
@@ -64,14 +71,16 @@ class Streams:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def open(self, job: Job) -> Mailbox:
-        mailbox = Mailbox()
-        self._mailboxes[job] = mailbox
+    def open(self, *jobs: Job) -> Mailbox:
+        """One mailbox for all answers to a prompt."""
+        mailbox = Mailbox(len(jobs))
+        self._mailboxes |= dict.fromkeys(jobs, mailbox)
         self._empty.clear()
         return mailbox
 
-    def close(self, job: Job) -> None:
-        self._mailboxes.pop(job, None)
+    def close(self, *jobs: Job) -> None:
+        for job in jobs:
+            self._mailboxes.pop(job, None)
         if not self._mailboxes:
             self._empty.set()
 

@@ -39,6 +39,7 @@ def delta(event: events.Delta, output: pb.OutputConfig) -> pb.Delta:
         text=event.text,
         token_ids=[token.token_id for token in event.tokens] if output.token_ids else (),
         logprobs=[_logprob(token, token.logprob) for token in event.tokens if token.logprob is not None],
+        index=event.index,
     )
 
 
@@ -59,6 +60,7 @@ def finished(event: events.Finished) -> pb.Finished:
             preemptions=event.preemptions,
         ),
         timings=_timings(event.timings),
+        index=event.index,
     )
 
 

@@ -18,6 +18,7 @@ from pagestream.server.errors import InvalidFieldError
 from pagestream.server.request import Priority
 from pagestream.v1 import generation_pb2 as pb
 
+MAX_ANSWERS = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_BYTES = 512
 MAX_STOP_TOKENS = 64
@@ -110,6 +111,11 @@ def check_prompt(request: GenerateMessage, vocab_size: int) -> None:
             for index, message in enumerate(request.chat.messages):
                 if not message.role:
                     raise InvalidFieldError(f"chat.messages[{index}].role", "must not be empty")
+
+
+def num_answers(request: GenerateMessage) -> int:
+    """Raises InvalidFieldError."""
+    return _check_range("n", request.n or 1, 1, MAX_ANSWERS)
 
 
 def progress_interval(output: pb.OutputConfig) -> float:

@@ -83,6 +83,22 @@ def test_answers_and_logprobs_are_those_of_transformers(client: Client, oracle: 
     assert got == pytest.approx([entry.logprob for entry in answer.logprobs], abs=1e-4)
 
 
+def test_each_of_several_answers_is_that_of_a_request_with_its_seed(client: Client) -> None:
+    fields: dict[str, Any] = {"text": "The lazy café 🎉 " * 6, "stop": stop(20, ignore_eos=True)}
+    fields["output"] = pb.OutputConfig(token_ids=True)
+    seed = 2**64 - 2
+    several = client.generate(**fields, n=4, sampling=pb.SamplingConfig(temperature=1.0, seed=seed))
+    got = [list(several.token_ids), *(list(answer.token_ids) for answer in several.others)]
+    alone = [
+        list(client.generate(**fields, sampling=pb.SamplingConfig(temperature=1.0, seed=one % 2**64)).token_ids)
+        for one in range(seed, seed + 4)
+    ]
+    assert got == alone
+    assert len(set(map(tuple, got))) == 4
+    greedy = client.generate(**fields, n=2)
+    assert greedy.token_ids == greedy.others[0].token_ids
+
+
 def test_sampling_settings_reach_the_model(client: Client) -> None:
     output = pb.OutputConfig(token_ids=True)
 

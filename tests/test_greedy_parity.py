@@ -19,6 +19,7 @@ from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.model.tokenizer import load_tokenizer
+from pagestream.server import scheduler as scheduler_module
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
@@ -188,6 +189,13 @@ def test_in_chunks(answer: Answer, oracle: Oracle, prompts: list[list[int]], tok
     oracle.judge(prompts, answer(prompts, token_budget=token_budget)[0])
 
 
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests start before there is room for whole answers, so some are preempted."""
+    monkeypatch.setattr(scheduler_module, "GROWTH", 1)
+
+
+@pytest.mark.usefixtures("little_room")
 def test_after_preemption(answer: Answer, oracle: Oracle, prompts: list[list[int]]) -> None:
     answers, scheduler = answer(prompts, num_blocks=blocks_for(prompts, 4))
     assert scheduler.num_preemptions_total >= 5
@@ -195,6 +203,7 @@ def test_after_preemption(answer: Answer, oracle: Oracle, prompts: list[list[int
     oracle.judge(prompts, answers)
 
 
+@pytest.mark.usefixtures("little_room")
 def test_sampled_answers_are_the_same_alone_in_a_batch_and_after_preemption(
     answer: Answer, prompts: list[list[int]]
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.server.block_pool import BlockPool
@@ -21,7 +22,7 @@ SAMPLINGS = (SamplingParams(logprobs=3), SamplingParams(temperature=1.0, seed=7,
 def load(tiny_model_path: Path) -> Callable[[str], LoadedModel]:
     def load(dtype: str) -> LoadedModel:
         return load_model(
-            tiny_model_path,
+            open_checkpoint(tiny_model_path),
             dtype=dtype,
             kv_dtype="auto",
             device="cpu",

@@ -161,7 +161,7 @@ const T* data_of(const Tensor& tensor) {
 
 void decode(const Tensor model, double epsilon, double magnitude, const Tensor token_ids, const Tensor positions,
             const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
-            const Tensor sampled_rows, const Tensor caches, const Tensor logits) {
+            const Tensor sampled_rows, const Tensor caches, const Tensor logits, const Tensor seconds) {
   const auto& m = *reinterpret_cast<const pagestream::DecoderModel*>(model.data_ptr());
   const int64_t element = caches.element_size();
   pagestream::DecoderStep s = {};
@@ -171,6 +171,7 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
   s.sampled_rows = data_of<int64_t>(sampled_rows);
   s.num_sampled = sampled_rows.size(0);
   s.logits = static_cast<float*>(logits.data_ptr());
+  s.seconds = static_cast<double*>(seconds.data_ptr());
   s.epsilon = static_cast<float>(epsilon);
   s.magnitude = static_cast<float>(magnitude);
   s.cache_layer_bytes = caches.stride(0) * element;

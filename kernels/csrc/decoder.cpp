@@ -1,4 +1,5 @@
 // The loop over the layers: products that all threads share, and between them one pass over each row.
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -11,6 +12,17 @@ namespace pagestream {
 namespace {
 
 struct DecoderScratch {};
+
+// Adds the time of its life to a sum.
+class Timer {
+ public:
+  explicit Timer(double& sum) : sum_(sum), begin_(std::chrono::steady_clock::now()) {}
+  ~Timer() { sum_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count(); }
+
+ private:
+  double& sum_;
+  const std::chrono::steady_clock::time_point begin_;
+};
 
 int64_t widest(const DecoderModel& m) {
   return std::max({m.hidden_size, m.intermediate_size, m.num_heads * m.head_size});
@@ -89,6 +101,7 @@ class Decoder {
       p.out_stride = stride;
       out += part.outputs;
     }
+    const Timer timer(s_.seconds[1]);
     multiply(*kernels_.linear, parts, count, threads_);
   }
 
@@ -143,6 +156,7 @@ class Decoder {
       store(keys, row);
       store(values, row);
     });
+    const Timer timer(s_.seconds[0]);
     attend(*kernels_.attention, p, plan_for(p), threads_);
   }
 

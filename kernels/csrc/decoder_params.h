@@ -43,6 +43,7 @@ struct DecoderStep {
   float epsilon, magnitude;                      // of the norms; of cosines and sines
   int64_t cache_layer_bytes;                     // from one layer's caches to the next one's
   AttentionParams attention;                     // all but query, out and window; the caches are those of layer 0
+  double* seconds;                               // [2] added to: what attention and what products took
 };
 
 // One build of rows.cpp for one instruction set: what happens to a row between two products.

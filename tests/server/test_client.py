@@ -122,6 +122,17 @@ def test_what_is_not_asked_for_stays_unset_and_what_is_arrives(server: ScriptedS
     assert server.requests == [pb.GenerateStreamRequest(text="from a pipe\n", sampling=sampling, stop=stop)]
 
 
+def test_several_answers_are_printed_whole_with_their_index(server: ScriptedServer) -> None:
+    pieces = [(0, "a"), (1, "b"), (0, "c"), (1, "d")]
+    ends = [pb.Finished(index=index, usage={"prompt_tokens": 7 * (not index), "output_tokens": 2}) for index in (1, 0)]
+    deltas = [Event(delta=pb.Delta(text=text, index=index)) for index, text in pieces]
+    server.scripts.put([*deltas, *(Event(finished=end) for end in ends)])
+    result = run(server, "generate", "x", "-n", "2")
+    assert (result.exit_code, result.stdout) == (0, "[1] bd\n[0] ac\n")
+    assert [line.split(" · ")[0] for line in result.stderr.splitlines()] == ["2 answer tokens", "7 prompt tokens"]
+    assert server.requests[0].n == 2
+
+
 def test_json_prints_every_event_on_a_line(server: ScriptedServer) -> None:
     script = answer("a\nb", "c")
     server.scripts.put(script)

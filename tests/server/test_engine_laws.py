@@ -1,4 +1,4 @@
-"""One end for each request, whatever happens in whatever order: the engine's turns, driven by a state machine.
+"""One end for each call, whatever happens in whatever order: the engine's turns, driven by a state machine.
 
 The engine runs without its thread, on a clock that the machine moves: answers end, clients leave, deadlines pass,
 readers stop and come back, steps fail, the server drains and stops, at any moment between two steps.
@@ -30,9 +30,16 @@ from pagestream.server.pace import Pace
 from pagestream.server.prompt_lookup import MAX_PROPOSED
 from pagestream.server.request import FinishReason, Priority
 from pagestream.server.scheduler import Scheduler
-from tests.support.fakes import EchoRunner, FakeClock, make_job
+from tests.support.fakes import EchoRunner, FakeClock, make_answers
 
 UNREAD, PATIENCE, QUEUE = 3, 30.0, 12
+ANSWERED = (
+    FinishReason.END_OF_SEQUENCE,
+    FinishReason.STOP_STRING,
+    FinishReason.STOP_TOKEN,
+    FinishReason.MAX_TOKENS,
+    FinishReason.MAX_CONTEXT,
+)
 
 
 class Flaky:
@@ -75,16 +82,19 @@ class EngineMachine(RuleBasedStateMachine):
         self.jobs: list[Job] = []
         self.unread: Counter[Job] = Counter()
         self.terminal: Counter[Job] = Counter()
+        self.failed: Counter[Job] = Counter()
         self.left: set[Job] = set()  # cancelled by their clients
         self.drained = False
 
     def publish(self, publication: Publication) -> None:
         for job, event in publication:
             assert not self.terminal[job], "nothing comes after the end"
+            assert not any(self.failed[other] for other in job.others), "nor after that of the call"
             if isinstance(event, Delta):
                 self.unread[job] += len(event.tokens)
                 assert self.unread[job] <= UNREAD + MAX_PROPOSED
             self.terminal[job] += isinstance(event, Finished | Failed)
+            self.failed[job] += isinstance(event, Failed)
 
     @rule(
         prompt=st.integers(1, 25),
@@ -95,6 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
         tenant=st.sampled_from("ab"),
         priority=st.sampled_from(Priority),
         bad=st.integers(0, 9),
+        answers=st.integers(1, 3),
     )
     def submit(
         self,
@@ -106,10 +117,12 @@ class EngineMachine(RuleBasedStateMachine):
         tenant: str,
         priority: Priority,
         bad: int,
+        answers: int,
     ) -> None:
         now = self.clock()
-        job = make_job(
+        jobs = make_answers(
             str(len(self.jobs)),
+            answers,
             prompt="xyz"[prompt % 3] * prompt,
             max_new_tokens=answer,
             received=now,
@@ -117,20 +130,21 @@ class EngineMachine(RuleBasedStateMachine):
             queue_deadline=None if patience is None else now + patience,
             stop_strings=("yyyy",) if stops else (),
         )
-        job.request.tenant, job.request.priority = tenant, priority
+        for job in jobs:
+            job.request.tenant, job.request.priority = tenant, priority
         try:
-            self.engine.inbox.submit(job)
+            self.engine.inbox.submit(*jobs)
         except DrainingError:
             assert self.drained
         except QueueFullError:
             assert self.engine.inbox.num_waiting >= 1
         else:
             assert not self.drained
-            self.jobs.append(job)
+            self.jobs += jobs
             if not bad:
-                self.runner.bad.add(job.request.request_id)
+                self.runner.bad.add(jobs[-1].request.request_id)
             with pytest.raises((DuplicateRequestError, QueueFullError)):
-                self.engine.inbox.submit(job)
+                self.engine.inbox.submit(*jobs)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
@@ -139,8 +153,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _cancel(self, job: Job) -> None:
         """Its client may have left before, and it may have ended long ago."""
-        self.left.add(job)
-        self.engine.inbox.cancel(job)
+        self.left.update((job, *job.others))
+        self.engine.inbox.cancel(job, *job.others)
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data(), most=st.integers(1, UNREAD))
@@ -183,7 +197,8 @@ class EngineMachine(RuleBasedStateMachine):
                 prompt, answer = chance.randint(1, 25), chance.randint(1, 12)
                 stops, bad = chance.random() < 0.3, chance.randint(0, 15)
                 priority = chance.choice(tuple(Priority))
-                self.submit(prompt, answer, deadline, patience, stops, chance.choice("ab"), priority, bad)
+                answers = chance.choice((1, 1, 2, 3))
+                self.submit(prompt, answer, deadline, patience, stops, chance.choice("ab"), priority, bad, answers)
             happen()
             self.runner.during = happen
             self.turn()
@@ -202,7 +217,10 @@ class EngineMachine(RuleBasedStateMachine):
         for job in self.jobs:
             reason = job.finish_reason
             assert reason is not None
-            assert self.terminal[job] == (reason is not FinishReason.CANCELLED)
+            if reason in ANSWERED or reason is FinishReason.CANCELLED:
+                assert self.terminal[job] == (reason in ANSWERED)
+            else:
+                assert sum(self.failed[one] for one in (job, *job.others)) == 1
             assert reason is not FinishReason.CANCELLED or job in self.left
             EngineMachine.ends[reason.value] += 1
         counts = self.metrics.read().values["requests_finished_total"]

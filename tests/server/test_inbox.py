@@ -7,10 +7,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from pagestream.server.errors import QueueFullError
+from pagestream.server.errors import DuplicateRequestError, QueueFullError
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.metrics import Metrics
-from tests.support.fakes import FakeClock, Rig, make_job
+from tests.support.fakes import FakeClock, Rig, make_answers, make_job
 
 
 def test_prompts_being_tokenised_hold_places_in_the_queue() -> None:
@@ -24,6 +24,23 @@ def test_prompts_being_tokenised_hold_places_in_the_queue() -> None:
         raise ValueError("no prompt")
     with inbox.entering(1):
         assert inbox.submit(make_job("entered")) == 1
+
+
+def test_every_answer_to_a_prompt_takes_a_place_and_all_are_taken_on_or_none() -> None:
+    inbox = Inbox(QueueLimits(max_requests=4, max_tokens=20), FakeClock())
+    with inbox.entering(5, 16):  # an empty queue takes any number
+        with pytest.raises(QueueFullError), inbox.entering(1):
+            pass
+        inbox.submit(*make_answers("first", 2))
+    with pytest.raises(QueueFullError), inbox.entering(1, 3):
+        pass
+    with pytest.raises(QueueFullError), inbox.entering(8, 2):  # 6 + 2 * 8 tokens
+        pass
+    with pytest.raises(DuplicateRequestError):
+        inbox.submit(make_job("first#1"))
+    assert (inbox.num_waiting, inbox.num_live) == (2, 2)
+    with inbox.entering(7, 2):
+        assert inbox.submit(*make_answers("second", 2)) == 2
 
 
 def test_a_prompt_known_to_be_too_long_for_the_queue_is_refused_before_it_is_tokenised() -> None:

@@ -37,6 +37,7 @@ MakeService = Callable[..., Service]
         ),
         ({"text": "x", "queue_timeout": Duration()}, "INVALID_ARGUMENT", "INVALID_FIELD", ["queue_timeout"]),
         ({"text": "x", "priority": 9}, "INVALID_ARGUMENT", "INVALID_FIELD", ["priority"]),
+        ({"text": "x", "n": 17}, "INVALID_ARGUMENT", "INVALID_FIELD", ["n"]),
         ({"text": "x" * MAX_CONTEXT}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT", []),
         ({"text": "x" * KV_CAPACITY}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY", []),
         ({"text": "x", "model": "models/other"}, "NOT_FOUND", "UNKNOWN_MODEL", []),
@@ -157,9 +158,11 @@ def test_a_cancel_frees_the_blocks(service: Service) -> None:
     service.rig.runner.wait_until_held()
     assert service.rig.pool.num_active == 1
     call.cancel()
+    wait_until(service.rig.engine.inbox._has_mail, "the server has seen it")  # else the answer may end before
     service.rig.runner.allow()
+    counts = service.metrics.read
+    wait_until(lambda: counts().values["requests_finished_total"]["cancelled",] == 1, "the request has ended")
     wait_until(service.is_idle, "the blocks are free")
-    assert service.metrics.read().values["requests_finished_total"]["cancelled",] == 1
 
 
 def test_a_fault_is_internal_with_the_id_and_others_go_on(service: Service) -> None:

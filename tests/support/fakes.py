@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from pagestream.model.chat_template import ChatTemplate
@@ -18,7 +19,7 @@ from pagestream.server.block_pool import BlockPool
 from pagestream.server.engine import Engine
 from pagestream.server.events import Delta, Event, Failed, Finished
 from pagestream.server.inbox import QueueLimits
-from pagestream.server.job import Job, Publication
+from pagestream.server.job import Job, Publication, with_others
 from pagestream.server.metrics import Metrics
 from pagestream.server.pace import Pace
 from pagestream.server.request import Request
@@ -201,3 +202,9 @@ def make_job(
         queue_deadline,
         progress_interval,
     )
+
+
+def make_answers(request_id: str, count: int, **settings: Any) -> list[Job]:
+    """Jobs for several answers to one prompt."""
+    first = make_job(request_id, **settings)
+    return with_others(first, [deepcopy(first.text) for _ in range(1, count)])

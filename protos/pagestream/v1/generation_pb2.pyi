@@ -88,7 +88,7 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class GenerateStreamRequest(_message.Message):
-    """GenerateStreamRequest asks for one streamed answer. Field for field the same as GenerateRequest."""
+    """GenerateStreamRequest asks for streamed answers. Field for field the same as GenerateRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -102,6 +102,7 @@ class GenerateStreamRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """model is the name to generate with, "models/{model}" or "{model}". Empty means the model that is served."""
     request_id: _builtins.str
@@ -112,6 +113,12 @@ class GenerateStreamRequest(_message.Message):
     """text is tokenised as it is, with the model's own start token where it has one."""
     priority: Global___Priority.ValueType
     """priority orders this request among those of its tenant, never before another tenant's. Unspecified: NORMAL."""
+    n: _builtins.int
+    """n is how many answers to give to the prompt, which is read once for all of them. Answer i is drawn with the seed
+    plus i (modulo 2^64), so it is the answer that a request of its own with that seed gets; greedy ones are all the
+    same. In the queue's limits, logs and metrics each counts as a request, named request_id#i from the second on. One
+    that fails ends the call for all. 0 means 1. At most 16.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """token_ids are used exactly as given; nothing is added."""
@@ -151,10 +158,11 @@ class GenerateStreamRequest(_message.Message):
         output: Global___OutputConfig | None = ...,
         queue_timeout: _duration_pb2.Duration | None = ...,
         priority: Global___Priority.ValueType = ...,
+        n: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -164,7 +172,7 @@ Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """GenerateRequest asks for one answer in one piece. Field for field the same as GenerateStreamRequest."""
+    """GenerateRequest asks for answers in one piece each. Field for field the same as GenerateStreamRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -178,6 +186,7 @@ class GenerateRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """model is the name to generate with, "models/{model}" or "{model}". Empty means the model that is served."""
     request_id: _builtins.str
@@ -188,6 +197,12 @@ class GenerateRequest(_message.Message):
     """text is tokenised as it is, with the model's own start token where it has one."""
     priority: Global___Priority.ValueType
     """priority orders this request among those of its tenant, never before another tenant's. Unspecified: NORMAL."""
+    n: _builtins.int
+    """n is how many answers to give to the prompt, which is read once for all of them. Answer i is drawn with the seed
+    plus i (modulo 2^64), so it is the answer that a request of its own with that seed gets; greedy ones are all the
+    same. In the queue's limits, logs and metrics each counts as a request, named request_id#i from the second on. One
+    that fails ends the call for all. 0 means 1. At most 16.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """token_ids are used exactly as given; nothing is added."""
@@ -227,10 +242,11 @@ class GenerateRequest(_message.Message):
         output: Global___OutputConfig | None = ...,
         queue_timeout: _duration_pb2.Duration | None = ...,
         priority: Global___Priority.ValueType = ...,
+        n: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -543,7 +559,7 @@ class GenerateStreamResponse(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___Finished:
-        """finished is the last event."""
+        """finished is the last event of an answer."""
 
     def __init__(
         self,
@@ -565,7 +581,7 @@ Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y0
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """GenerateResponse is a whole answer."""
+    """GenerateResponse is a whole answer, or all of several."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -574,8 +590,9 @@ class GenerateResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """text is the whole answer."""
+    """text is the whole answer; of several, that of index 0, as in the fields below."""
     @_builtins.property
     def accepted(self) -> Global___Accepted:
         """accepted is what the server took on."""
@@ -592,6 +609,10 @@ class GenerateResponse(_message.Message):
     def finished(self) -> Global___Finished:
         """finished says why it ended and what it cost."""
 
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___Answer]:
+        """others are the answers from index 1 on, in that order."""
+
     def __init__(
         self,
         *,
@@ -600,13 +621,53 @@ class GenerateResponse(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         finished: Global___Finished | None = ...,
+        others: _abc.Iterable[Global___Answer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "finished", b"finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "finished", b"finished", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "finished", b"finished", "logprobs", b"logprobs", "others", b"others", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class Answer(_message.Message):
+    """Answer is one of several answers to a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """text is the whole answer."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """token_ids of the answer, if asked for."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """logprobs, one for each token, if asked for."""
+
+    @_builtins.property
+    def finished(self) -> Global___Finished:
+        """finished says why it ended and what it cost."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        finished: Global___Finished | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___Answer: _TypeAlias = Answer  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):
@@ -672,17 +733,20 @@ Global___PrefillProgress: _TypeAlias = PrefillProgress  # noqa: Y015
 
 @_typing.final
 class Delta(_message.Message):
-    """Delta is what was made since the last one. Tokens that are ready together travel together."""
+    """Delta is what was made of an answer since the last one. Tokens that are ready together travel together."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is valid UTF-8 and never ends in half a character; it may be empty while a character or a possible stop
     string is incomplete.
     """
+    index: _builtins.int
+    """index of the answer, from 0 to n - 1."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """token_ids made since the last delta, if asked for."""
@@ -697,8 +761,9 @@ class Delta(_message.Message):
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Delta: _TypeAlias = Delta  # noqa: Y015
@@ -766,19 +831,22 @@ class Finished(_message.Message):
     MATCHED_STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """reason it ended."""
     matched_stop: _builtins.str
     """matched_stop is the stop string that ended it, if one did."""
     matched_stop_token_id: _builtins.int
     """matched_stop_token_id is the stop token that ended it, if one did."""
+    index: _builtins.int
+    """index of the answer, from 0 to n - 1."""
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """usage counts tokens."""
+        """usage counts tokens. The prompt is counted with index 0 alone, so the usages of all answers add up."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """timings of this request, measured by the server on one monotonic clock."""
+        """timings of this answer, measured by the server on one monotonic clock."""
 
     def __init__(
         self,
@@ -788,10 +856,11 @@ class Finished(_message.Message):
         matched_stop_token_id: _builtins.int | None = ...,
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "matched_stop_token_id", b"matched_stop_token_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "matched_stop", b"matched_stop", "matched_stop_token_id", b"matched_stop_token_id", "reason", b"reason", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "index", b"index", "matched_stop", b"matched_stop", "matched_stop_token_id", b"matched_stop_token_id", "reason", b"reason", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_stop_token_id: _TypeAlias = _typing.Literal["matched_stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_stop_token_id: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id"]  # noqa: Y015

@@ -67,7 +67,8 @@ class GenerationServiceServicer(object):
 
     def GenerateStream(self, request, context):
         """GenerateStream answers with events: one Accepted, PrefillProgress while a long prompt is read, Deltas as
-        tokens are made, one Finished. Cancelling the call stops the generation.
+        tokens are made, one Finished. With n answers, their Deltas are interleaved and there are n Finished; the stream
+        ends after the last. Cancelling the call stops the generation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,8 @@ class GenerationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
     """GenerateStream answers with events: one Accepted, PrefillProgress while a long prompt is read, Deltas as
-    tokens are made, one Finished. Cancelling the call stops the generation.
+    tokens are made, one Finished. With n answers, their Deltas are interleaved and there are n Finished; the stream
+    ends after the last. Cancelling the call stops the generation.
     """
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Generate is GenerateStream gathered into one answer. Its size is the client's to allow: many thousands of tokens
@@ -65,7 +66,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """GenerateStream answers with events: one Accepted, PrefillProgress while a long prompt is read, Deltas as
-    tokens are made, one Finished. Cancelling the call stops the generation.
+    tokens are made, one Finished. With n answers, their Deltas are interleaved and there are n Finished; the stream
+    ends after the last. Cancelling the call stops the generation.
     """
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate is GenerateStream gathered into one answer. Its size is the client's to allow: many thousands of tokens
@@ -90,7 +92,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_pb2.GenerateStreamResponse]]:
         """GenerateStream answers with events: one Accepted, PrefillProgress while a long prompt is read, Deltas as
-        tokens are made, one Finished. Cancelling the call stops the generation.
+        tokens are made, one Finished. With n answers, their Deltas are interleaved and there are n Finished; the stream
+        ends after the last. Cancelling the call stops the generation.
         """
 
     @_abc_1.abstractmethod
