@@ -1,9 +1,9 @@
 """How many prompt tokens a step may read beside decodes, so that the gap between their tokens keeps to a target.
 
 The time of a step is modelled as what its decodes cost, a + d * rows + e * contexts (a proposed token is a row), plus
-what its prompt chunks cost, b * tokens + c * (tokens times what each attends to). Both halves are fitted to the steps as they run, each with its own
-memory, so that hours of decoding do not wash out what is known about prompts. Steps scatter around a forecast, so the
-forecast is kept two deviations below the target.
+what its prompt chunks cost, b * tokens + c * (tokens times what each attends to). Both halves are fitted to the steps
+as they run, each with its own memory, so that hours of decoding do not wash out what is known about prompts. Steps
+scatter around a forecast, so the forecast is kept two deviations below the target.
 """
 
 from __future__ import annotations
