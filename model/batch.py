@@ -20,7 +20,7 @@ class Batch:
     query_starts: torch.Tensor  # [S + 1] int32: rows query_starts[s] : query_starts[s + 1] belong to sequence s
     context_lengths: torch.Tensor  # [S] int32, the rows of this step included
     block_tables: torch.Tensor  # [S, M] int32 pages in order; entries past the context are never read
-    sampled_rows: torch.Tensor  # [R] int64: the last row of each chunk that samples, in chunk order
+    sampled_rows: torch.Tensor  # [R] int64, rising: the rows behind which tokens are chosen
 
 
 def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
@@ -37,7 +37,7 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
         pages = -(-end // page_size)
         if len(blocks) < pages:
             raise ValueError(f"{chunk.request_id}: {len(blocks)} blocks for {end} positions")
-        token_ids += chunk.tokens[chunk.start : end]
+        token_ids += chunk.tokens_between(chunk.start, end)
         positions += range(chunk.start, end)
         for page in range(chunk.start // page_size, pages):
             first = page * page_size
@@ -46,8 +46,7 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
         query_starts.append(len(positions))
         context_lengths.append(end)
         tables.append(blocks[:pages])
-        if chunk.samples:
-            sampled_rows.append(len(positions) - 1)
+        sampled_rows += range(len(positions) - len(chunk.sampled_positions), len(positions))
     block_tables = np.zeros((len(tables), max(map(len, tables))), np.int32)
     for row, pages_in_order in enumerate(tables):
         block_tables[row, : len(pages_in_order)] = pages_in_order

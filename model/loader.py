@@ -47,6 +47,13 @@ class LoadedModel:
         """Tokens of one request that the model allows; the KV cache may hold less (`plan.longest_request`)."""
         return self.plan.max_context
 
+    @property
+    def is_row_invariant(self) -> bool:
+        """Whether a token's logits depend, to the last bit, on nothing but the tokens before it: not on how many rows
+        are computed at once. So it is with quantised matrices; torch's own products choose their order of sums by size.
+        """
+        return self.dtype in _QUANTIZED
+
 
 def load_model(
     checkpoint: Checkpoint,

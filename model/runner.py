@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from pagestream.model.batch import build_batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
@@ -26,8 +28,8 @@ class Runner:
         self._copy_pages(plan)
         batch = build_batch(plan, self._cache.page_size, self._device)
         logits = self._network.logits(batch, self._cache)
-        tokens = iter(sample(logits, [chunk for chunk in plan.chunks if chunk.samples]))
-        return StepResult(tuple(next(tokens) if chunk.samples else None for chunk in plan.chunks))
+        tokens = iter(sample(logits, plan.chunks))
+        return StepResult(tuple(tuple(islice(tokens, len(chunk.sampled_positions))) for chunk in plan.chunks))
 
     def _copy_pages(self, plan: StepPlan) -> None:
         page_size = self._cache.page_size

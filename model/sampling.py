@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -31,25 +32,38 @@ class NonFiniteLogitsError(ArithmeticError):
         self.request_id = request_id
 
 
+class _Row(NamedTuple):
+    """Of the logits: those of the token of `chunk` at `position`."""
+
+    chunk: Chunk
+    position: int
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.chunk.sampling
+
+
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
-    """The next token of each chunk from its row of logits [S, V] fp32, which are left as they are.
+    """A token for each row of logits [R, V] fp32, which are left as they are: chunk by chunk for each position at which
+    it samples, from what is known or proposed before that position.
 
     Raises NonFiniteLogitsError for the first row whose largest logit is not finite.
     """
-    if not chunks:
+    rows = [_Row(chunk, position) for chunk in chunks for position in chunk.sampled_positions]
+    if not rows:
         return []
-    adjusted = _adjust(logits, chunks)
+    adjusted = _adjust(logits, rows)
     largest, token_ids = _likeliest(adjusted)
-    for chunk, value in zip(chunks, largest, strict=True):
+    for row, value in zip(rows, largest, strict=True):
         if not math.isfinite(value):
-            raise NonFiniteLogitsError(chunk.request_id)
-    drawn = [row for row, chunk in enumerate(chunks) if not _is_greedy(chunk.sampling)]
+            raise NonFiniteLogitsError(row.chunk.request_id)
+    drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.params)]
     if drawn:
-        weights = filtered_weights(_take(adjusted, drawn), [chunks[row].sampling for row in drawn])
-        uniforms = [uniform(chunks[row].sampling.seed, chunks[row].end) for row in drawn]
-        for row, token_id in zip(drawn, draw(weights, uniforms), strict=True):
-            token_ids[row] = token_id
-    return _report(logits, chunks, token_ids)
+        weights = filtered_weights(_take(adjusted, drawn), [rows[index].params for index in drawn])
+        uniforms = [uniform(rows[index].params.seed, rows[index].position) for index in drawn]
+        for index, token_id in zip(drawn, draw(weights, uniforms), strict=True):
+            token_ids[index] = token_id
+    return _report(logits, rows, token_ids)
 
 
 def filtered_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -117,32 +131,33 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _adjust(logits: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor:
+def _adjust(logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
     """Logits with each request's bias, penalties and suppression; a copy only if there are any."""
     adjusted = logits
-    for row, chunk in enumerate(chunks):
-        params = chunk.sampling
-        suppresses = chunk.end - chunk.num_prompt_tokens < params.min_tokens and params.suppressed_until_min_tokens
+    for index, row in enumerate(rows):
+        params = row.params
+        num_output_tokens = row.position - row.chunk.num_prompt_tokens
+        suppresses = num_output_tokens < params.min_tokens and params.suppressed_until_min_tokens
         penalises = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         if not (params.logit_bias or penalises or suppresses):
             continue
         if adjusted is logits:
             adjusted = logits.clone()
-        scores = adjusted[row]
+        scores = adjusted[index]
         if params.logit_bias:
             biased = torch.tensor(list(params.logit_bias), device=scores.device)
             scores[biased] += torch.tensor(list(params.logit_bias.values()), device=scores.device)
         if penalises:
-            _penalise(scores, chunk)
+            _penalise(scores, row)
         if suppresses:
             scores[list(params.suppressed_until_min_tokens)] = -math.inf
     return adjusted
 
 
-def _penalise(scores: torch.Tensor, chunk: Chunk) -> None:
+def _penalise(scores: torch.Tensor, row: _Row) -> None:
     """Repetition (CTRL, arXiv 1909.05858) over prompt and output; presence and frequency over the output, in place."""
-    params = chunk.sampling
-    tokens = torch.tensor(chunk.tokens[: chunk.end], device=scores.device)
+    chunk, params = row.chunk, row.params
+    tokens = torch.tensor(chunk.tokens_between(0, row.position), device=scores.device)
     if params.repetition_penalty != 1:
         seen = scores[tokens]
         penalty = params.repetition_penalty
@@ -184,19 +199,19 @@ def _largest(weights: torch.Tensor, count: int) -> torch.Tensor:
     return blocks.flatten(1).topk(count).values
 
 
-def _report(logits: torch.Tensor, chunks: Sequence[Chunk], token_ids: list[int]) -> list[SampledToken]:
+def _report(logits: torch.Tensor, rows: Sequence[_Row], token_ids: list[int]) -> list[SampledToken]:
     """Adds the logprobs asked for, of the model's own distribution."""
     result = [SampledToken(token_id) for token_id in token_ids]
-    rows = [row for row, chunk in enumerate(chunks) if chunk.sampling.logprobs is not None]
-    if not rows:
+    asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asked:
         return result
-    logprobs = logits[rows].log_softmax(dim=-1)
-    chosen = [float(values[token_ids[row]]) for row, values in zip(rows, logprobs, strict=True)]
-    widths = [min(chunks[row].sampling.logprobs or 0, logits.shape[-1]) for row in rows]
+    logprobs = logits[asked].log_softmax(dim=-1)
+    chosen = [float(values[token_ids[index]]) for index, values in zip(asked, logprobs, strict=True)]
+    widths = [min(rows[index].params.logprobs or 0, logits.shape[-1]) for index in asked]
     top = logprobs.topk(max(widths), dim=-1)
-    for row, logprob, width, ids, values in zip(
-        rows, chosen, widths, top.indices.tolist(), top.values.tolist(), strict=True
+    for index, logprob, width, ids, values in zip(
+        asked, chosen, widths, top.indices.tolist(), top.values.tolist(), strict=True
     ):
         top_logprobs = tuple(zip(ids[:width], values[:width], strict=True))
-        result[row] = SampledToken(result[row].token_id, logprob, top_logprobs)
+        result[index] = SampledToken(token_ids[index], logprob, top_logprobs)
     return result

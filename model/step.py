@@ -6,7 +6,7 @@ The messages belong to the side that receives them, so they live here and the ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +32,20 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Work on one request in one step: compute the keys and values of `tokens[start : start + length]`, and, when
-    these are the last known tokens (`samples`), choose the next one.
+    """Work on one request in one step: compute the keys and values of `length` tokens from position `start`, and, when
+    they reach the last known one, choose the next. After that one may come `proposed` tokens, which count as part of
+    `length`: behind each, too, the next is chosen, as if those before it were the request's own.
     """
 
     request_id: str
     tokens: Sequence[int]  # all known tokens, prompt then output; a live view: read it only during the step
     num_prompt_tokens: int
     start: int  # tokens before this position are in the cache
-    length: int
+    length: int  # of `tokens` and then `proposed`
     block_ids: Sequence[int]  # pages of the request in order; hold positions 0 .. start + length - 1
     sampling: SamplingParams
     copy_from: int | None = None  # a page whose slots below `start` belong into the page of position `start`, first
+    proposed: Sequence[int] = ()  # what may follow `tokens`
 
     @property
     def end(self) -> int:
@@ -51,12 +53,30 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        return self.end == len(self.tokens)
+        return self.end >= len(self.tokens)
+
+    @property
+    def sampled_positions(self) -> range:
+        """Where a token is chosen: behind the last known one and each proposed one; empty if that is not reached."""
+        return range(len(self.tokens), self.end + 1)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes the latest token of an answer, and nothing that was known before it."""
+        return self.start >= self.num_prompt_tokens and self.length == 1 + len(self.proposed)
+
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """Known and proposed tokens of positions `start` to `end`, which lies behind `start`."""
+        proposed = self.proposed[: max(end - len(self.tokens), 0)]
+        return [*self.tokens[start:end], *proposed]
+
+    def without_proposals(self) -> Chunk:
+        return replace(self, length=self.length - len(self.proposed), proposed=())
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: every chunk runs in one batch. Decodes (length 1) come first, then prompt chunks."""
+    """One step: every chunk runs in one batch. Decodes come first, then prompt chunks."""
 
     chunks: tuple[Chunk, ...]
 
@@ -74,6 +94,8 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`sampled[i]` answers `plan.chunks[i]`: a token where the chunk samples, else None."""
+    """`sampled[i]` answers `plan.chunks[i]`: a token for each of its `sampled_positions`. Those behind a proposed token
+    that differs from what was chosen for its place mean nothing.
+    """
 
-    sampled: tuple[SampledToken | None, ...]
+    sampled: tuple[tuple[SampledToken, ...], ...]

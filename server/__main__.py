@@ -75,6 +75,12 @@ def serve(
     prefix_cache: Annotated[
         bool | None, _setting("Keep what was computed for prompts that begin alike.", ServerConfig.prefix_cache)
     ] = None,
+    speculation: Annotated[
+        bool | None, _setting("Guess from the prompt what comes next; same answers.", "with int4 and int8")
+    ] = None,
+    deterministic: Annotated[
+        bool | None, _setting("Refuse fp32 and bf16, whose sums depend on the batch.", ServerConfig.deterministic)
+    ] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
     target_gap_ms: Annotated[float | None, _setting("Gap beside long prompts.", ServerConfig.target_gap_ms)] = None,
     max_running: Annotated[int | None, _setting("Requests at once.", "64, or the token budget")] = None,

@@ -10,6 +10,7 @@ import torch
 
 from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.default_model import resolve_model
+from pagestream.model.errors import ModelError
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server.backpressure import ReaderLimits
@@ -51,10 +52,15 @@ def assemble(
         cache_dir=config.cache_dir,
         progress=_LoadProgress(),
     )
+    if config.deterministic and not loaded.is_row_invariant:
+        raise ModelError(
+            f"--deterministic: in {loaded.dtype}, answers may depend on what is computed beside them; use int8 or int4"
+        )
     _warm_up(loaded, config.token_budget)
     max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
     pool = BlockPool(loaded.plan.num_pages, config.page_size, prefix_cache=config.prefix_cache)
-    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running)
+    speculation = loaded.is_row_invariant if config.speculation is None else config.speculation
+    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running, speculation=speculation)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
     pace = Pace(target_gap=config.target_gap_ms / 1000)
     readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)

@@ -22,7 +22,8 @@ class Backpressure:
     """Counts the tokens of each stream that were published and not taken. Used by the engine's thread alone.
 
     A stream pauses when it has as many as it may and resumes when half of them are taken, so that it does not change
-    state with each token. So what waits for all readers together is at most streams times the limit.
+    state with each token. So what waits for all readers together is at most streams times the limit
+    and what one step brings.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class Backpressure:
         now = self._clock()
         return [job for job in self._paused if self._expiry(job) <= now]
 
-    def published(self, job: Job) -> None:
-        """One more token of a live stream is on its way."""
-        job.unread += 1
+    def published(self, job: Job, tokens: int) -> None:
+        """So many more tokens of a live stream, those of one step, are on their way."""
+        job.unread += tokens
         if job.unread >= self._limits.max_unread_tokens:
             self._scheduler.pause(job.request)
             self._paused[job] = self._clock()

@@ -123,6 +123,8 @@ class ServerConfig:
     max_context: int | None = None  # tokens
     page_size: int = 32  # tokens
     prefix_cache: bool = True  # what requests have computed is kept for those that begin alike
+    speculation: bool | None = None  # prompt lookup; None: where a row's result does not depend on the others
+    deterministic: bool = False  # refuses models whose answers may depend on what is computed beside them
     token_budget: int = 512  # tokens of one step
     target_gap_ms: float = 60.0  # between tokens of an answer, beside prompts being read
     max_running: int | None = None  # requests in one step; None: 64, or as many as the token budget serves
@@ -156,6 +158,8 @@ _PARSERS: Mapping[str, Parse] = {
     "max_context": _integer(2),  # one token of prompt, one of answer
     "page_size": _one_of(16, 32, 64, 128),  # what the attention kernels take
     "prefix_cache": _switch,
+    "speculation": _switch,
+    "deterministic": _switch,
     "token_budget": _integer(1),
     "target_gap_ms": _milliseconds,
     "max_running": _integer(1),

@@ -174,8 +174,10 @@ class Engine:
             return
         result = self._execute(plan)
         now = self.clock()
-        self._advance(self._scheduler.commit(plan, result), now)
-        self._metrics.observe_step(plan, now - started)
+        advances = self._scheduler.commit(plan, result)
+        self._advance(advances, now)
+        num_accepted = sum(max(len(advance.sampled) - 1, 0) for advance in advances)
+        self._metrics.observe_step(plan, now - started, num_accepted)
         self._pace.observe(plan, now - started)
 
     def _prompt_limit(self) -> int | None:
@@ -203,16 +205,16 @@ class Engine:
         self._failed_steps = self._fruitless_steps = 0
         return result
 
-    def _execute_alone(self, chunk: Chunk) -> SampledToken | None:
+    def _execute_alone(self, chunk: Chunk) -> tuple[SampledToken, ...]:
         if chunk.request_id not in self._jobs:  # another answer to its prompt has failed
-            return None
+            return ()
         try:
-            return self._runner.step(StepPlan((chunk,))).sampled[0]
+            return self._runner.step(StepPlan((chunk.without_proposals(),))).sampled[0]
         except Exception:
             log.exception("request %s failed", chunk.request_id)
             error = EngineFaultError(f"request {chunk.request_id} failed inside the engine")
             self._end(self._jobs[chunk.request_id], FinishReason.ERROR, error)
-            return None
+            return ()
 
     def _advance(self, advances: Sequence[Advance], now: float) -> None:
         """Turns what a step did into events."""
@@ -221,24 +223,26 @@ class Engine:
         for advance in advances:
             request = advance.request
             job = self._jobs[request.request_id]
-            if advance.sampled is None:
+            if not advance.sampled:
                 progress = job.progress(now)
                 if progress is not None:
                     self._publication.append((job, progress))
                 continue
             is_first = job.first_token is None
-            self._publication.append((job, job.take_token(advance.sampled, now)))
+            delta = job.take_tokens(advance.sampled, now)
+            self._publication.append((job, delta))
             if is_first:
                 self._metrics.observe_first_token(request.num_prompt_tokens, job.timings())
             else:
-                contexts.append(request.num_tokens)
-                gaps.append(job.gaps[-1])
+                count = len(delta.tokens)
+                contexts += range(request.num_tokens - count + 1, request.num_tokens + 1)
+                gaps += job.gaps[-count:]
             if job.is_finished:
                 finished = job.finished()
                 self._publication.append((job, finished))
                 self._release(job, finished.reason)
             else:
-                self._backpressure.published(job)
+                self._backpressure.published(job, len(delta.tokens))
         self._metrics.observe_gaps(contexts, gaps)
 
     def _end(self, job: Job, reason: FinishReason, error: RequestError | None = None) -> None:

@@ -56,20 +56,33 @@ class Job:
         total = self.request.num_prompt_tokens
         return Progress(min(self.request.num_computed, total), total)
 
-    def take_token(self, token: SampledToken, now: float) -> Delta:
-        """Books a token and turns it into text. The token that ends an answer has no text of its own."""
+    def take_tokens(self, tokens: tuple[SampledToken, ...], now: float) -> Delta:
+        """Books the tokens of a step and turns them into text, up to a stop string; the request forgets those behind
+        it. The token that ends an answer has no text of its own.
+        """
+        text = ""
+        with_text = len(tokens) - (self.request.finish_reason in _ENDING_TOKEN)
+        for count, token in enumerate(tokens[:with_text], start=1):
+            piece = self.text.push(token.token_id)
+            text += piece.text
+            if piece.matched_stop is not None:
+                self.matched_stop = piece.matched_stop
+                self.request.drop_last(len(tokens) - count)
+                tokens = tokens[:count]
+                break
+        if self.request.is_finished and self.matched_stop is None:
+            text += self.text.finish()
+        self._book_times(len(tokens), now)
+        return Delta(text, tokens, self.index)
+
+    def _book_times(self, count: int, now: float) -> None:
+        """Tokens of one step come at once: without a gap between them."""
         if self.first_token is None:
             self.first_token = now
         if self.last_token is not None:
             self.gaps.append(now - self.last_token)
+        self.gaps += [0.0] * (count - 1)
         self.last_token = now
-        text = ""
-        if self.request.finish_reason not in _ENDING_TOKEN:
-            piece = self.text.push(token.token_id)
-            text, self.matched_stop = piece.text, piece.matched_stop
-        if self.request.is_finished and self.matched_stop is None:
-            text += self.text.finish()
-        return Delta(text, (token,), self.index)
 
     def finished(self) -> Finished:
         reason = self.finish_reason

@@ -112,6 +112,7 @@ FAMILIES = (
         "prompt_tokens_total", "Tokens computed in prompt chunks, or found in cache", source=("computed", "cached")
     ),
     _counter("output_tokens_total", "Tokens generated"),
+    _counter("speculated_tokens_total", "Tokens proposed by prompt lookup", result=("accepted", "rejected")),
     _counter("preemptions_total", "Running requests sent back to the queue", reason=("out_of_blocks",)),
     _counter("recomputed_tokens_total", "Tokens computed again after a preemption or a pause"),
     _counter("prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache, once per request"),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
 
-from pagestream.model.step import Chunk, StepPlan
+from pagestream.model.step import StepPlan
 from pagestream.server.events import Timings
 from pagestream.server.histogram import Histogram, HistogramReading
 from pagestream.server.metric_families import (
@@ -148,11 +148,13 @@ class Metrics:
 
     # ---- called by the engine
 
-    def observe_step(self, plan: StepPlan, seconds: float) -> None:
-        """A step has run. A chunk of one token beyond the prompt is a decode, all other work counts as prompt."""
-        contexts = [chunk.end for chunk in plan.chunks if _is_decode(chunk)]
-        decode_tokens = len(contexts)
-        prompt_tokens = plan.num_tokens - decode_tokens
+    def observe_step(self, plan: StepPlan, seconds: float, num_accepted: int) -> None:
+        """A step has run, and kept so many of the proposed tokens. What is not decode counts as prompt."""
+        decodes = [chunk for chunk in plan.chunks if chunk.is_decode]
+        contexts = [chunk.start + 1 for chunk in decodes]
+        decode_tokens = len(decodes) + num_accepted
+        num_proposed = sum(len(chunk.proposed) for chunk in decodes)
+        prompt_tokens = plan.num_tokens - len(decodes) - num_proposed
         mix: StepMix = "prefill" if not decode_tokens else "mixed" if prompt_tokens else "decode"
         with self._lock:
             self._decode_contexts = contexts
@@ -162,6 +164,9 @@ class Metrics:
                 company = "with_prefill" if prompt_tokens else "pure"
                 self._count("decode_step_seconds_total", seconds, company)
                 self._count("decode_step_tokens_total", decode_tokens, company)
+            if num_proposed:
+                self._count("speculated_tokens_total", num_accepted, "accepted")
+                self._count("speculated_tokens_total", num_proposed - num_accepted, "rejected")
 
     def observe_gaps(self, contexts: Sequence[int], gaps: Sequence[float]) -> None:
         """All tokens of a step but the first ones of their streams: context at the token, time since the one before."""
@@ -269,10 +274,6 @@ class Metrics:
     def _count(self, name: str, amount: float, *labels: str) -> None:
         series = self._values[name]
         series[labels] = series.get(labels, 0.0) + amount
-
-
-def _is_decode(chunk: Chunk) -> bool:
-    return chunk.length == 1 and chunk.start >= chunk.num_prompt_tokens
 
 
 def _ctx_rows(contexts: Sequence[int]) -> list[int]:

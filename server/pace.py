@@ -1,9 +1,9 @@
 """How many prompt tokens a step may read beside decodes, so that the gap between their tokens keeps to a target.
 
-The time of a step is modelled as what its decodes cost, a + d * rows + e * contexts, plus what its prompt chunks cost,
-b * tokens + c * (tokens times what each attends to). Both halves are fitted to the steps as they run, each with its own
-memory, so that hours of decoding do not wash out what is known about prompts. Steps scatter around a forecast, so the
-forecast is kept two deviations below the target.
+The time of a step is modelled as what its decodes cost, a + d * rows + e * contexts (a proposed token is a row), plus
+what its prompt chunks cost, b * tokens + c * (tokens times what each attends to). Both halves are fitted to the steps
+as they run, each with its own memory, so that hours of decoding do not wash out what is known about prompts. Steps
+scatter around a forecast, so the forecast is kept two deviations below the target.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from pagestream.model.step import Chunk, StepPlan
+from pagestream.model.step import StepPlan
 from pagestream.server.request import Request
 
 MIN_PROMPT_TOKENS = 8  # beside decodes, whatever the target: a prompt must get on too
@@ -50,7 +50,7 @@ class Pace:
         if not contexts:
             return None
         start = max((request.num_computed for request in running if request.num_uncomputed > 1), default=0)
-        decodes = self._decode.predict(_decode_features(contexts))
+        decodes = self._decode.predict(_decode_features(len(contexts), contexts))
         within = self._target_gap / (1 + 2 * math.sqrt(self._variance))  # two deviations
         left = max(within - decodes, decodes / 2)  # a third of the time where the target is out of reach
         per_token, per_attended = self._prompt.coefficients / (_SCALE, _SCALE**2)
@@ -63,8 +63,9 @@ class Pace:
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
         """A step took so long."""
-        prompts = [chunk for chunk in plan.chunks if not _is_decode(chunk)]
-        decodes = _decode_features([chunk.end for chunk in plan.chunks if _is_decode(chunk)])
+        prompts = [chunk for chunk in plan.chunks if not chunk.is_decode]
+        decoding = [chunk for chunk in plan.chunks if chunk.is_decode]
+        decodes = _decode_features(sum(chunk.length for chunk in decoding), [chunk.end for chunk in decoding])
         if not prompts:
             self._decode.add(decodes, seconds)
             return
@@ -118,9 +119,5 @@ class _Fit:
         return float(features @ self.coefficients)
 
 
-def _decode_features(contexts: list[int]) -> npt.NDArray[np.float64]:
-    return np.array([1.0, len(contexts) / 10, sum(contexts) / _SCALE])
-
-
-def _is_decode(chunk: Chunk) -> bool:
-    return chunk.length == 1 and chunk.start >= chunk.num_prompt_tokens
+def _decode_features(num_rows: int, contexts: list[int]) -> npt.NDArray[np.float64]:
+    return np.array([1.0, num_rows / 10, sum(contexts) / _SCALE])

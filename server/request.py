@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
 
 from pagestream.model.step import SamplingParams
+from pagestream.server.prompt_lookup import PromptLookup
 
 
 class RequestState(Enum):
@@ -70,6 +71,7 @@ class Request:
     copy_from: int | None = field(default=None, init=False)  # a page it holds until its beginning is copied to its own
     arrival: int | None = field(default=None, init=False)  # admission order; None until admitted
     has_started: bool = field(default=False, init=False)  # it has had a place in the batch
+    lookup: PromptLookup = field(default_factory=PromptLookup, init=False)  # what may come next
     num_passed_over: int = field(default=0, init=False)  # younger ones of its tenant that took a place first
 
     def __post_init__(self) -> None:
@@ -98,6 +100,14 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    def final_length(self, capacity: int) -> int:
+        """The most tokens it will ever hold in a cache of `capacity`: its last token is never computed."""
+        return min(self.num_prompt_tokens + self.max_new_tokens - 1, capacity)
+
+    def drop_last(self, count: int) -> None:
+        """Forgets its last `count` tokens, because its answer ends before them; it must be finished next."""
+        del self.tokens[len(self.tokens) - count :]
 
     @property
     def may_start(self) -> bool:

@@ -8,8 +8,8 @@ from pagestream.server.request import Request
 
 
 def num_missing(pool: BlockPool, request: Request, num_tokens: int) -> int:
-    """How many blocks it needs beside its own to hold `num_tokens`."""
-    return pool.blocks_for(num_tokens) - len(request.block_ids)
+    """How many blocks it needs beside its own, one of which may be left from a proposal, to hold `num_tokens`."""
+    return max(pool.blocks_for(num_tokens) - len(request.block_ids), 0)
 
 
 def num_found_in_use(pool: BlockPool, request: Request) -> int:
@@ -58,7 +58,8 @@ def advance(pool: BlockPool, request: Request, end: int) -> None:
 
 def release(pool: BlockPool, request: Request) -> None:
     """Lets go of all its blocks. What they hold can be found until others need them."""
-    if request.copy_from is None:  # else its last page holds nothing yet
+    # Not if its last page holds nothing yet, nor if tokens were dropped: what it computed for them was kept at once.
+    if request.copy_from is None and request.num_computed < request.num_tokens:
         page = request.num_computed // pool.block_size * pool.block_size
         pool.keep(request.tenant, request.tokens, request.block_ids, page, request.num_computed)
     pool.release(held(request))

@@ -33,6 +33,7 @@ from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
 from pagestream.server.places import next_in_turn, take_turn
 from pagestream.server.request import FinishReason, Request, RequestState
+from pagestream.server.speculation import accept, add_proposals
 
 MAX_PREEMPTIONS = 3  # per request
 GROWTH = 4  # pages that every running answer has room for when another request starts
@@ -40,21 +41,22 @@ GROWTH = 4  # pages that every running answer has room for when another request 
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a step did for one request. `sampled` is None while known tokens remain to be computed; whether the request
-    has ended, and why, it says itself.
+    """What a step did for one request. `sampled` is empty while known tokens remain to be computed, and more than one
+    token if proposed ones were right; whether the request has ended, at the last of them, and why, it says itself.
     """
 
     request: Request
-    sampled: SampledToken | None
+    sampled: tuple[SampledToken, ...]
 
 
 class Scheduler:
     """Admits, plans, commits and finishes requests. Used by one thread; no call waits for anything.
 
-    Each step spends at most `token_budget` tokens on at most `max_running` requests.
+    Each step spends at most `token_budget` tokens on at most `max_running` requests. With `speculation`, a few of them
+    may be tokens that are not known yet.
     """
 
-    def __init__(self, pool: BlockPool, *, token_budget: int, max_running: int) -> None:
+    def __init__(self, pool: BlockPool, *, token_budget: int, max_running: int, speculation: bool = False) -> None:
         if max_running < 1:
             raise ValueError(f"max_running is {max_running}: nothing could ever run")
         if token_budget < max_running:
@@ -64,6 +66,7 @@ class Scheduler:
         self._pool = pool
         self._token_budget = token_budget
         self._max_running = max_running
+        self._speculation = speculation
         self._running: list[Request] = []  # these three in arrival order
         self._waiting: list[Request] = []
         self._paused: list[Request] = []
@@ -136,6 +139,8 @@ class Scheduler:
         prompts = [request for request in self._running if request not in planned]
         for request, length in self._fair_share.divide(prompts, budget):
             self._plan_chunk(request, length, planned)
+        if self._speculation and not prompts and not self._waiting:
+            add_proposals(self._pool, planned, self._token_budget)
         chosen = {request: chunk for request, chunk in planned.items() if request.state is RequestState.RUNNING}
         plan = StepPlan(tuple(chosen.values()))
         self._in_flight = (plan, tuple(chosen))
@@ -223,7 +228,7 @@ class Scheduler:
         growth = GROWTH * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
         wanted = sum(
             request_blocks.num_missing(
-                self._pool, request, min(request.num_tokens + growth, self._final_length(request))
+                self._pool, request, min(request.num_tokens + growth, request.final_length(self._pool.capacity))
             )
             for request in candidates
         )
@@ -262,10 +267,6 @@ class Scheduler:
             copy_from=request.copy_from,
         )
 
-    def _final_length(self, request: Request) -> int:
-        """The most tokens `request` will ever hold in the cache: its last token is never computed."""
-        return min(request.num_prompt_tokens + request.max_new_tokens - 1, self._pool.capacity)
-
     def _preempt_youngest(self) -> Request:
         """Makes it wait without blocks."""
         request = self._running.pop()
@@ -283,20 +284,19 @@ class Scheduler:
         request.num_computed_before = max(request.num_computed_before, request.num_computed)
         request.num_computed = 0
 
-    def _advance(self, request: Request, chunk: Chunk, sampled: SampledToken | None) -> Advance:
-        if chunk.samples != (sampled is not None):
+    def _advance(self, request: Request, chunk: Chunk, sampled: tuple[SampledToken, ...]) -> Advance:
+        if chunk.samples != bool(sampled) or len(sampled) > 1 + len(chunk.proposed):
             raise ValueError(f"the result for request {request.request_id} does not answer its chunk")
-        self.recomputed_tokens_total += max(0, min(chunk.end, request.num_computed_before) - chunk.start)
+        sampled = accept(request, chunk, sampled, self._pool.capacity)
+        end = request.num_tokens - 1 if sampled else chunk.end
+        self.recomputed_tokens_total += max(0, min(end, request.num_computed_before) - chunk.start)
         if request.num_cached is None:
             request.num_cached = chunk.start
             self.queried_tokens_total += request.num_prompt_tokens
             self.hit_tokens_total += chunk.start
-        request_blocks.advance(self._pool, request, chunk.end)
-        if sampled is not None:
-            request.tokens.append(sampled.token_id)
-            reason = request.reason_to_finish(self._pool.capacity)
-            if reason is not None:
-                self.finish(request, reason)
+        request_blocks.advance(self._pool, request, end)
+        if sampled and (reason := request.reason_to_finish(self._pool.capacity)) is not None:
+            self.finish(request, reason)
         return Advance(request, sampled)
 
 

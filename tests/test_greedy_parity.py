@@ -148,8 +148,7 @@ def run(
     while scheduler.has_work:
         plan = scheduler.plan()
         for advance in scheduler.commit(plan, loaded.runner.step(plan)):
-            if advance.sampled is not None:
-                answers[advance.request].append(advance.sampled)
+            answers[advance.request] += advance.sampled
         scheduler.check_integrity()
     assert pool.num_active == 0
     return list(answers.values()), scheduler

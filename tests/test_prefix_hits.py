@@ -49,7 +49,7 @@ def answers(
         while scheduler.has_work:
             plan = scheduler.plan()
             advances = scheduler.commit(plan, model.runner.step(plan))
-            found[-1] += [advance.sampled for advance in advances if advance.sampled is not None]
+            found[-1] += [token for advance in advances for token in advance.sampled]
     return found, scheduler.hit_tokens_total
 
 

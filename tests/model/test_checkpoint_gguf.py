@@ -178,8 +178,7 @@ def test_logits_of_an_exported_model_are_transformers(tmp_path: Path, model_type
     runner = Runner(checkpoint.config, weights, KVCache(checkpoint.config, 2, 16, torch.float32, cpu))
     tokens = [5, 17, 80, 3, 42, 9, 9, 61]
     chunk = Chunk("r", tokens, len(tokens), 0, len(tokens), [1], SamplingParams(logprobs=96))
-    (sampled,) = runner.step(StepPlan((chunk,))).sampled
-    assert sampled is not None
+    ((sampled,),) = runner.step(StepPlan((chunk,))).sampled
     with torch.no_grad():
         expected = model(torch.tensor([tokens])).logits[0, -1].log_softmax(dim=-1)
     ours = torch.tensor([logprob for _, logprob in sorted(sampled.top_logprobs)])

@@ -62,8 +62,7 @@ def test_loads_reports_and_answers_as_transformers(folder: Path, caplog: pytest.
 
     tokens = [3, 14, 15, 92, 65]
     chunk = Chunk("r", tokens, len(tokens), 0, len(tokens), [loaded.plan.num_pages - 1], SamplingParams())
-    (sampled,) = loaded.runner.step(StepPlan((chunk,))).sampled
-    assert sampled is not None
+    ((sampled,),) = loaded.runner.step(StepPlan((chunk,))).sampled
     with torch.no_grad():
         assert sampled.token_id == int(model(torch.tensor([tokens])).logits[0, -1].argmax())
 
@@ -88,7 +87,7 @@ def test_int8_keys_and_values_keep_logits_close_and_need_a_cpu(folder: Path, mon
 def test_the_cache_may_be_narrower_than_the_weights(folder: Path, kv_dtype: str) -> None:
     loaded = load(folder, kv_dtype=kv_dtype)
     chunk = Chunk("r", [1, 2, 3], 3, 0, 3, [0], SamplingParams())
-    assert loaded.runner.step(StepPlan((chunk,))).sampled[0] is not None
+    assert loaded.runner.step(StepPlan((chunk,))).sampled[0]
     assert loaded.kv_dtype == kv_dtype
 
 

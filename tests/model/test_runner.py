@@ -95,11 +95,10 @@ def streams() -> list[Stream]:
 def advance(runner: Runner, running: list[Stream], lengths: list[int], free: list[int]) -> StepResult:
     chunks = tuple(stream.chunk(length, free) for stream, length in zip(running, lengths, strict=True))
     result = runner.step(StepPlan(chunks))
-    for stream, length, token in zip(running, lengths, result.sampled, strict=True):
+    for stream, length, tokens in zip(running, lengths, result.sampled, strict=True):
         stream.computed += length
-        assert (token is not None) == (stream.computed == len(stream.tokens))
-        if token is not None:
-            stream.tokens.append(token.token_id)
+        assert len(tokens) == (stream.computed == len(stream.tokens))
+        stream.tokens += [token.token_id for token in tokens]
     return result
 
 
@@ -139,15 +138,13 @@ def test_a_step_can_be_repeated(runner: Runner) -> None:
     chunks = tuple(stream.chunk(len(stream.tokens), free) for stream in streams())
     first = runner.step(StepPlan(chunks))
     alone = [runner.step(StepPlan((chunk,))).sampled[0] for chunk in chunks]
-    for token, again in zip(first.sampled, alone, strict=True):
-        assert token is not None
-        assert again is not None
+    for (token,), (again,) in zip(first.sampled, alone, strict=True):
         assert token.token_id == again.token_id
 
 
 def test_a_step_in_which_nothing_samples(runner: Runner) -> None:
     stream = streams()[3]
-    assert runner.step(StepPlan((stream.chunk(20, [1, 2]),))) == StepResult((None,))
+    assert runner.step(StepPlan((stream.chunk(20, [1, 2]),))) == StepResult(((),))
 
 
 def test_a_poisoned_request_is_named_and_harms_no_other(runner: Runner) -> None:

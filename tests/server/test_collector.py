@@ -61,7 +61,7 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
     metrics.observe_cancel_release("deadline", 0.001)
     metrics.observe_cancel_release("shutdown", 0.001)
     metrics.set_reuse(preemptions=1, recomputed_tokens=17, queried_tokens=0, hit_tokens=0, evicted_blocks=0)
-    metrics.observe_step(StepPlan((Chunk("r", range(8), 5, 7, 1, (), SamplingParams()),)), 0.02)
+    metrics.observe_step(StepPlan((Chunk("r", range(8), 5, 7, 1, (), SamplingParams()),)), 0.02, 0)
     metrics.observe_loop_lag(0.001)
     metrics.observe_tokenize(0.001)
     for method in rpc_names():

@@ -27,6 +27,7 @@ from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import Metrics
 from pagestream.server.pace import Pace
+from pagestream.server.prompt_lookup import MAX_PROPOSED
 from pagestream.server.request import FinishReason, Priority
 from pagestream.server.scheduler import Scheduler
 from tests.support.fakes import EchoRunner, FakeClock, make_answers
@@ -54,7 +55,7 @@ class Flaky:
         for chunk in plan.chunks:
             if chunk.request_id in self.bad:
                 raise NonFiniteLogitsError(chunk.request_id)
-        return StepResult(tuple(EchoRunner._answer(chunk) if chunk.samples else None for chunk in plan.chunks))
+        return StepResult(tuple(map(EchoRunner._answer, plan.chunks)))
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -65,7 +66,7 @@ class EngineMachine(RuleBasedStateMachine):
         super().__init__()
         self.clock, self.runner, self.metrics = FakeClock(), Flaky(), Metrics()
         self.pool = BlockPool(10, 4)
-        self.scheduler = Scheduler(self.pool, token_budget=12, max_running=4)
+        self.scheduler = Scheduler(self.pool, token_budget=12, max_running=4, speculation=True)
         self.engine = Engine(
             self.pool,
             self.scheduler,
@@ -91,7 +92,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert not any(self.failed[other] for other in job.others), "nor after that of the call"
             if isinstance(event, Delta):
                 self.unread[job] += len(event.tokens)
-                assert self.unread[job] <= UNREAD
+                assert self.unread[job] <= UNREAD + MAX_PROPOSED
             self.terminal[job] += isinstance(event, Finished | Failed)
             self.failed[job] += isinstance(event, Failed)
 

@@ -127,7 +127,7 @@ def test_tenants_that_always_have_prompts_differ_by_at_most_one_steps_tokens(num
         history.append(history[-1].copy())
         for chunk in plan.chunks:
             history[-1][owners[chunk.request_id]] += chunk.length
-        scheduler.commit(plan, StepResult(tuple(SampledToken(1) if chunk.samples else None for chunk in plan.chunks)))
+        scheduler.commit(plan, StepResult(tuple((SampledToken(1),) if chunk.samples else () for chunk in plan.chunks)))
     assert history[-1].total() == 200 * budget
     for begin in range(0, 200, 3):
         for end in range(begin + 1, 201):

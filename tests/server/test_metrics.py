@@ -142,9 +142,9 @@ def test_steps_are_told_apart_by_what_they_compute(make_metrics: MakeMetrics) ->
     metrics = make_metrics()
     decodes = (make_chunk(5, 7, 1, 8), make_chunk(300, 400, 1, 401))
     prompts = (make_chunk(50, 0, 20), make_chunk(5, 4, 1))  # the second: the last token of a prompt is no decode
-    metrics.observe_step(StepPlan(decodes), 0.010)
-    metrics.observe_step(StepPlan(prompts), 0.020)
-    metrics.observe_step(StepPlan((*decodes, *prompts)), 0.040)
+    metrics.observe_step(StepPlan(decodes), 0.010, 0)
+    metrics.observe_step(StepPlan(prompts), 0.020, 0)
+    metrics.observe_step(StepPlan((*decodes, *prompts)), 0.040, 0)
     assert values(metrics, "step_seconds_count", "mix") == {"decode": 1, "prefill": 1, "mixed": 1}
     assert values(metrics, "step_seconds_sum", "mix") == {"decode": 0.010, "prefill": 0.020, "mixed": 0.040}
     assert values(metrics, "decode_step_seconds_total", "mix") == {"pure": 0.010, "with_prefill": 0.040}
@@ -154,7 +154,7 @@ def test_steps_are_told_apart_by_what_they_compute(make_metrics: MakeMetrics) ->
 
 def test_batch_context_is_that_of_the_last_step_and_zero_when_idle(make_metrics: MakeMetrics) -> None:
     metrics = make_metrics()
-    metrics.observe_step(StepPlan((make_chunk(5, 7, 1, 8), make_chunk(300, 400, 1, 401), make_chunk(9, 0, 9))), 0.01)
+    metrics.observe_step(StepPlan((make_chunk(5, 7, 1, 8), make_chunk(300, 400, 1, 401), make_chunk(9, 0, 9))), 0.01, 0)
     metrics.snapshot = EngineSnapshot(running_contexts=(8, 401, 9))
     assert values(metrics, "batch_context_tokens") == {"": 8 + 401}
     assert values(metrics, "batch_context_tokens_max") == {"": 401}

@@ -29,16 +29,12 @@ class Machine:
     def seconds(self, plan: StepPlan) -> float:
         total = self.step
         for chunk in plan.chunks:
-            if is_decode(chunk):
-                total += self.row + chunk.end * self.context
+            if chunk.is_decode:
+                total += chunk.length * self.row + chunk.end * self.context
             else:
                 total += chunk.length * self.token
                 total += self.attended * sum(range(chunk.start + 1, chunk.end + 1))
         return total
-
-
-def is_decode(chunk: Chunk) -> bool:
-    return chunk.num_prompt_tokens == 1
 
 
 def decode(context: int) -> Chunk:

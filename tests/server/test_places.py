@@ -37,7 +37,7 @@ class Place:
         for request in self.scheduler.running:
             if request.request_id not in self.order:
                 self.order.append(request.request_id)
-        self.scheduler.commit(plan, StepResult(tuple(SampledToken(1) for _ in plan.chunks)))
+        self.scheduler.commit(plan, StepResult(tuple((SampledToken(1),) for _ in plan.chunks)))
         return places
 
     def run(self) -> list[str]:

@@ -114,7 +114,7 @@ def test_why_an_answer_ends(token_id: int, max_new_tokens: int, capacity: bool, 
     request = make_request("a", 5, max_new_tokens, capacity=capacity)
     scheduler.admit(request)
     plan = scheduler.plan()
-    assert scheduler.commit(plan, answer(plan, token_id)) == [Advance(request, SampledToken(token_id))]
+    assert scheduler.commit(plan, answer(plan, token_id)) == [Advance(request, (SampledToken(token_id),))]
     assert request.finish_reason is reason
     assert (pool.num_active == 0) == (reason is not None) == (not scheduler.has_work)
 
@@ -205,7 +205,7 @@ def test_a_result_that_does_not_answer_the_plan_is_refused() -> None:
     _, scheduler = make_scheduler(token_budget=8)
     scheduler.admit(make_request("a", 10))
     with pytest.raises(ValueError, match="does not answer"):
-        scheduler.commit(scheduler.plan(), StepResult((SampledToken(WORD),)))
+        scheduler.commit(scheduler.plan(), StepResult(((SampledToken(WORD),),)))
     with pytest.raises(ValueError, match="shorter"):
         scheduler.commit(scheduler.plan(), StepResult(()))
 

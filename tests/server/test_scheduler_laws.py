@@ -92,7 +92,7 @@ class Laws:
         else:
             self._check_shares(reading, chunks)
 
-        result = StepResult(tuple(SampledToken(1) if chunk.samples else None for chunk in plan.chunks))
+        result = StepResult(tuple((SampledToken(1),) if chunk.samples else () for chunk in plan.chunks))
         if interrupted is not None:
             self.interrupt(*interrupted)
         for advance in scheduler.commit(plan, result):

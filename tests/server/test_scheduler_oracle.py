@@ -25,6 +25,7 @@ def simulations(draw: st.DrawFn) -> Simulation:
         token_budget=draw(st.integers(max_running, max_running + 8)),
         max_running=max_running,
         prefix_cache=draw(st.sampled_from((True, True, False))),
+        speculation=draw(st.booleans()),
     )
 
 

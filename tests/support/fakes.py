@@ -11,7 +11,7 @@ from typing import Any
 
 from pagestream.model.chat_template import ChatTemplate
 from pagestream.model.detokenizer import TokenText
-from pagestream.model.step import SampledToken, SamplingParams, StepPlan, StepResult
+from pagestream.model.step import Chunk, SampledToken, SamplingParams, StepPlan, StepResult
 from pagestream.model.text_stream import TextStream
 from pagestream.model.tokenizer import Tokenizer
 from pagestream.server.backpressure import ReaderLimits
@@ -73,11 +73,12 @@ class EchoRunner:
         for chunk in plan.chunks:
             if chunk.request_id in self.faults:
                 raise self.faults[chunk.request_id]
-        return StepResult(tuple(self._answer(chunk) if chunk.samples else None for chunk in plan.chunks))
+        return StepResult(tuple(map(self._answer, plan.chunks)))
 
     @staticmethod
-    def _answer(chunk: Any) -> SampledToken:
-        return SampledToken(chunk.tokens[(chunk.end - chunk.num_prompt_tokens) % chunk.num_prompt_tokens])
+    def _answer(chunk: Chunk) -> tuple[SampledToken, ...]:
+        length = chunk.num_prompt_tokens
+        return tuple(SampledToken(chunk.tokens[position % length]) for position in chunk.sampled_positions)
 
     def hold(self) -> None:
         """The next step begins only when it is allowed to."""
@@ -147,6 +148,7 @@ class Rig:
         limits: QueueLimits | None = None,
         readers: ReaderLimits | None = None,
         target_gap: float = 1e6,
+        speculation: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
@@ -154,7 +156,9 @@ class Rig:
         self.recorder = Recorder()
         self.gone = threading.Event()
         self.pool = BlockPool(num_blocks, block_size)
-        self.scheduler = Scheduler(self.pool, token_budget=token_budget, max_running=max_running)
+        self.scheduler = Scheduler(
+            self.pool, token_budget=token_budget, max_running=max_running, speculation=speculation
+        )
         self.engine = Engine(
             self.pool,
             self.scheduler,

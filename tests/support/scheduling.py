@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pagestream.model.step import Chunk, SampledToken, SamplingParams, StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
+from pagestream.server.prompt_lookup import PromptLookup
 from pagestream.server.request import FinishReason, Request, RequestState
 from pagestream.server.scheduler import Scheduler
 
@@ -68,17 +70,21 @@ class PagedRunner:
             for offset in range(self.block_size):
                 self.slots[target, offset] = self.slots.get((source, offset), -1)
 
-    def _run(self, chunk: Chunk) -> SampledToken | None:
+    def _run(self, chunk: Chunk) -> tuple[SampledToken, ...]:
+        tokens = [*chunk.tokens, *chunk.proposed]
+        sampled: list[SampledToken] = []
         value = self.slots[self._slot(chunk, chunk.start - 1)] if chunk.start else 0
         assert value == zlib.crc32(bytes(chunk.tokens[: chunk.start])), "a chunk reads what was not computed for it"
         for position in range(chunk.start, chunk.end):
-            value = zlib.crc32(bytes([chunk.tokens[position]]), value)
+            value = zlib.crc32(bytes([tokens[position]]), value)
             self.slots[self._slot(chunk, position)] = value
+            if position + 1 in chunk.sampled_positions:
+                sampled.append(SampledToken(value % VOCABULARY))
         expected = 0
         for position in range(chunk.end):
-            expected = zlib.crc32(bytes([chunk.tokens[position]]), expected)
+            expected = zlib.crc32(bytes([tokens[position]]), expected)
             assert self.slots[self._slot(chunk, position)] == expected, "a page was written by another"
-        return SampledToken(value % VOCABULARY) if chunk.samples else None
+        return tuple(sampled)
 
     def _slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
         return chunk.block_ids[position // self.block_size], position % self.block_size
@@ -87,6 +93,20 @@ class PagedRunner:
         for block_id in block_ids:
             for offset in range(self.block_size):
                 self.slots.pop((block_id, offset), None)
+
+
+class Guesses(PromptLookup):
+    """Knows what comes next, and gets it wrong now and then."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._chance = random.Random(seed)
+
+    def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
+        guessed = list(tokens)
+        for _ in range(min(self._chance.randrange(5), limit)):
+            guessed.append(next_token(guessed) if self._chance.random() < 0.7 else self._chance.randrange(VOCABULARY))
+        return guessed[len(tokens) :]
 
 
 @dataclass
@@ -98,10 +118,13 @@ class Simulation:
     token_budget: int
     max_running: int
     prefix_cache: bool = True
+    speculation: bool = False
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, self.block_size, prefix_cache=self.prefix_cache)
-        self.scheduler = Scheduler(self.pool, token_budget=self.token_budget, max_running=self.max_running)
+        self.scheduler = Scheduler(
+            self.pool, token_budget=self.token_budget, max_running=self.max_running, speculation=self.speculation
+        )
         self.runner = PagedRunner(self.block_size)
         self.requests: list[Request] = []  # all that were admitted
         self.events: Counter[str] = Counter()
@@ -109,6 +132,7 @@ class Simulation:
         self.computed_tokens = 0
 
     def admit(self, request: Request) -> None:
+        request.lookup = Guesses(len(self.requests))
         fits = len(request.prompt) < self.pool.capacity
         try:
             self.scheduler.admit(request)
@@ -173,6 +197,7 @@ class Simulation:
         for advance in advances:
             if advance.request.is_finished:
                 self.events[advance.request.finish_reason.value] += 1
+        self.events["accepted"] += sum(max(len(advance.sampled) - 1, 0) for advance in advances)
         self.events["copied"] += sum(chunk.copy_from is not None for chunk in plan.chunks)
         self.steps += 1
         self.computed_tokens += plan.num_tokens
