@@ -72,7 +72,9 @@ def all_targets(peers: Path, model: Path) -> list[Target]:
 
 
 def _pagestream(_: Capacity) -> list[str]:
-    return [sys.executable, "-m", "pagestream.server", "serve", "--grpc-port", "0", "--http-port", "0"]
+    # Answers to random tokens soon repeat themselves: guessing from them would flatter us.
+    serve = [sys.executable, "-m", "pagestream.server", "serve", "--no-speculation"]
+    return [*serve, "--grpc-port", "0", "--http-port", "0"]
 
 
 async def _grpc(process: Process) -> Client:
