@@ -233,7 +233,7 @@ def test_every_request_ends_once_whatever_happens() -> None:
     run_state_machine_as_test(
         EngineMachine,
         settings=settings(
-            max_examples=20,
+            max_examples=60,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
