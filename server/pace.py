@@ -2,8 +2,7 @@
 
 The time of a step is modelled as what its decodes cost, a + d * rows + e * contexts (a proposed token is a row), plus
 what its prompt chunks cost, b * tokens + c * (tokens times what each attends to). Both halves are fitted to the steps
-as they run, each with its own memory, so that hours of decoding do not wash out what is known about prompts. Steps
-scatter around a forecast, so the forecast is kept two deviations below the target.
+as they run, each with its own memory, so that hours of decoding do not wash out what is known about prompts.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ MIN_PROMPT_TOKENS = 8  # beside decodes, whatever the target: a prompt must get 
 _MEMORY = 0.99  # weight of a step against the next one: about the last hundred count
 _RIDGE = 1e-6  # weight of "costs nothing" against what was seen: decides only what that leaves open
 _SCALE = 1000.0  # tokens: features of about 1
-_SCATTER_MEMORY = 0.97  # likewise, of how far steps are from their forecast
-_LARGEST_ERROR = 0.5  # of a forecast, relative: beyond it is something else than scatter
 
 
 class Pace:
@@ -35,7 +32,6 @@ class Pace:
         self._prompt = _Fit(2)
         self._prompt_seconds = 0.0  # of steps that read prompts, and how many tokens: about the last hundred
         self._prompt_tokens = 0.0
-        self._variance = 0.0  # of time over forecast
 
     @property
     def seconds_per_prompt_token(self) -> float:
@@ -51,8 +47,7 @@ class Pace:
             return None
         start = max((request.num_computed for request in running if request.num_uncomputed > 1), default=0)
         decodes = self._decode.predict(_decode_features(len(contexts), contexts))
-        within = self._target_gap / (1 + 2 * math.sqrt(self._variance))  # two deviations
-        left = max(within - decodes, decodes / 2)  # a third of the time where the target is out of reach
+        left = max(self._target_gap - decodes, decodes / 2)  # a third of the time where the target is out of reach
         per_token, per_attended = self._prompt.coefficients / (_SCALE, _SCALE**2)
         # n tokens from `start` on cost n * per_token + n * (start + n / 2) * per_attended = left
         linear = per_token + start * per_attended
@@ -74,10 +69,6 @@ class Pace:
         self._prompt_tokens = _MEMORY * self._prompt_tokens + tokens
         attended = sum(chunk.length * (chunk.start + chunk.length / 2) for chunk in prompts)
         features = np.array([tokens / _SCALE, attended / _SCALE**2])
-        if len(prompts) < len(plan.chunks):
-            forecast = self._decode.predict(decodes) + self._prompt.predict(features)
-            error = max(min(seconds / max(forecast, 1e-9) - 1, _LARGEST_ERROR), -_LARGEST_ERROR)
-            self._variance = _SCATTER_MEMORY * self._variance + (1 - _SCATTER_MEMORY) * error**2
         self._prompt.add(features, seconds - self._decode.predict(decodes))
 
 
