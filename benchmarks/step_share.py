@@ -54,7 +54,7 @@ def serve_and_count() -> None:
         setattr(owner, name, _timed(getattr(owner, name), part, nanoseconds))
     Network.logits = _with_its_parts(Network.logits, nanoseconds)  # type: ignore[method-assign]
     threading.Thread(target=_answer, args=(nanoseconds,), daemon=True).start()
-    serve(ServerConfig(grpc_port=0, http_port=0))
+    serve(ServerConfig(grpc_port=0, http_port=0, speculation=False))
 
 
 def _timed(function: Callable[..., Any], part: str, nanoseconds: Counter[str]) -> Callable[..., Any]:
