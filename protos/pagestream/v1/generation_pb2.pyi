@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from pagestream.v1 import stats_pb2 as _stats_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -103,6 +104,7 @@ class GenerateStreamRequest(_message.Message):
     QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    STATS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """model is the name to generate with, "models/{model}" or "{model}". Empty means the model that is served."""
     request_id: _builtins.str
@@ -145,6 +147,10 @@ class GenerateStreamRequest(_message.Message):
         Default: none. From 1 ms to 3600 s.
         """
 
+    @_builtins.property
+    def stats(self) -> _stats_pb2.StatsOptions:
+        """stats says how much to tell of the request beside its answer. Unset: nothing."""
+
     def __init__(
         self,
         *,
@@ -159,10 +165,11 @@ class GenerateStreamRequest(_message.Message):
         queue_timeout: _duration_pb2.Duration | None = ...,
         priority: Global___Priority.ValueType = ...,
         n: _builtins.int = ...,
+        stats: _stats_pb2.StatsOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stats", b"stats", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stats", b"stats", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -187,6 +194,7 @@ class GenerateRequest(_message.Message):
     QUEUE_TIMEOUT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    STATS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """model is the name to generate with, "models/{model}" or "{model}". Empty means the model that is served."""
     request_id: _builtins.str
@@ -229,6 +237,10 @@ class GenerateRequest(_message.Message):
         Default: none. From 1 ms to 3600 s.
         """
 
+    @_builtins.property
+    def stats(self) -> _stats_pb2.StatsOptions:
+        """stats says how much to tell of the request beside its answer. Unset: nothing."""
+
     def __init__(
         self,
         *,
@@ -243,10 +255,11 @@ class GenerateRequest(_message.Message):
         queue_timeout: _duration_pb2.Duration | None = ...,
         priority: Global___Priority.ValueType = ...,
         n: _builtins.int = ...,
+        stats: _stats_pb2.StatsOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "output", b"output", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "sampling", b"sampling", "stats", b"stats", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "n", b"n", "output", b"output", "priority", b"priority", "prompt", b"prompt", "queue_timeout", b"queue_timeout", "request_id", b"request_id", "sampling", b"sampling", "stats", b"stats", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -741,6 +754,7 @@ class Delta(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    STATS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """text is valid UTF-8 and never ends in half a character; it may be empty while a character or a possible stop
     string is incomplete.
@@ -755,6 +769,10 @@ class Delta(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """logprobs, one for each token, if asked for."""
 
+    @_builtins.property
+    def stats(self) -> _containers.RepeatedCompositeFieldContainer[_stats_pb2.TokenStats]:
+        """stats, one for each token, from level TIMING on."""
+
     def __init__(
         self,
         *,
@@ -762,8 +780,9 @@ class Delta(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         index: _builtins.int = ...,
+        stats: _abc.Iterable[_stats_pb2.TokenStats] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "stats", b"stats", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Delta: _TypeAlias = Delta  # noqa: Y015
@@ -832,6 +851,7 @@ class Finished(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    STATS_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     """reason it ended."""
     matched_stop: _builtins.str
@@ -848,6 +868,10 @@ class Finished(_message.Message):
     def timings(self) -> Global___Timings:
         """timings of this answer, measured by the server on one monotonic clock."""
 
+    @_builtins.property
+    def stats(self) -> _stats_pb2.RequestStats:
+        """stats of the request, from level TIMING on."""
+
     def __init__(
         self,
         *,
@@ -857,10 +881,11 @@ class Finished(_message.Message):
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
         index: _builtins.int = ...,
+        stats: _stats_pb2.RequestStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "matched_stop_token_id", b"matched_stop_token_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "matched_stop_token_id", b"matched_stop_token_id", "stats", b"stats", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "index", b"index", "matched_stop", b"matched_stop", "matched_stop_token_id", b"matched_stop_token_id", "reason", b"reason", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id", "index", b"index", "matched_stop", b"matched_stop", "matched_stop_token_id", b"matched_stop_token_id", "reason", b"reason", "stats", b"stats", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_stop_token_id: _TypeAlias = _typing.Literal["matched_stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__matched_stop_token_id: _TypeAlias = _typing.Literal["_matched_stop_token_id", b"_matched_stop_token_id"]  # noqa: Y015
@@ -911,6 +936,7 @@ class Timings(_message.Message):
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     INTER_TOKEN_P50_FIELD_NUMBER: _builtins.int
     INTER_TOKEN_P99_FIELD_NUMBER: _builtins.int
+    PREDICTED_TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration:
         """queue is from receipt to the first step that worked on it."""
@@ -935,6 +961,10 @@ class Timings(_message.Message):
     def inter_token_p99(self) -> _duration_pb2.Duration:
         """inter_token_p99 is the 99th percentile of the gap between tokens; unset with fewer than two tokens."""
 
+    @_builtins.property
+    def predicted_time_to_first_token(self) -> _duration_pb2.Duration:
+        """predicted_time_to_first_token when the request came in, by the fitted cost model; unset before there is one."""
+
     def __init__(
         self,
         *,
@@ -944,10 +974,11 @@ class Timings(_message.Message):
         time_to_first_token: _duration_pb2.Duration | None = ...,
         inter_token_p50: _duration_pb2.Duration | None = ...,
         inter_token_p99: _duration_pb2.Duration | None = ...,
+        predicted_time_to_first_token: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "inter_token_p50", b"inter_token_p50", "inter_token_p99", b"inter_token_p99", "prefill", b"prefill", "queue", b"queue", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "inter_token_p50", b"inter_token_p50", "inter_token_p99", b"inter_token_p99", "predicted_time_to_first_token", b"predicted_time_to_first_token", "prefill", b"prefill", "queue", b"queue", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "inter_token_p50", b"inter_token_p50", "inter_token_p99", b"inter_token_p99", "prefill", b"prefill", "queue", b"queue", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode", b"decode", "inter_token_p50", b"inter_token_p50", "inter_token_p99", b"inter_token_p99", "predicted_time_to_first_token", b"predicted_time_to_first_token", "prefill", b"prefill", "queue", b"queue", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
