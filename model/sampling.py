@@ -45,7 +45,7 @@ class _Row(NamedTuple):
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
     """A token for each row of logits [R, V] fp32, which are left as they are: chunk by chunk for each position at which
-    it samples, from what is known or proposed before that position.
+    it samples, from what is known or proposed before that position. Where an answer is given, its own token.
 
     Raises NonFiniteLogitsError for the first row whose largest logit is not finite.
     """
@@ -63,6 +63,9 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
         uniforms = [uniform(rows[index].params.seed, rows[index].position) for index in drawn]
         for index, token_id in zip(drawn, draw(weights, uniforms), strict=True):
             token_ids[index] = token_id
+    for index, row in enumerate(rows):
+        if row.chunk.given:
+            token_ids[index] = row.chunk.given[row.position - row.chunk.first_chosen]
     return _report(logits, rows, token_ids)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+MAX_SCORED_ROWS = 64  # of a step: bounds the memory of their logits
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -35,6 +37,9 @@ class Chunk:
     """Work on one request in one step: compute the keys and values of `length` tokens from position `start`, and, when
     they reach the last known one, choose the next. After that one may come `proposed` tokens, which count as part of
     `length`: behind each, too, the next is chosen, as if those before it were the request's own.
+
+    Where an answer is `given`, its tokens are "chosen", whatever the network would choose: they are what `tokens` ends
+    in, but for the last, which comes behind them.
     """
 
     request_id: str
@@ -46,6 +51,7 @@ class Chunk:
     sampling: SamplingParams
     copy_from: int | None = None  # a page whose slots below `start` belong into the page of position `start`, first
     proposed: Sequence[int] = ()  # what may follow `tokens`
+    given: Sequence[int] = ()  # the tokens of a given answer that are still to be chosen
 
     @property
     def end(self) -> int:
@@ -57,8 +63,14 @@ class Chunk:
 
     @property
     def sampled_positions(self) -> range:
-        """Where a token is chosen: behind the last known one and each proposed one; empty if that is not reached."""
-        return range(len(self.tokens), self.end + 1)
+        """Where a token is chosen: behind the last known one and each proposed one, and wherever a given one is; empty
+        if that is not reached."""
+        return range(max(self.first_chosen, self.start + 1), self.end + 1)
+
+    @property
+    def first_chosen(self) -> int:
+        """The first position without a token, or with a given one."""
+        return len(self.tokens) - max(len(self.given) - 1, 0)
 
     @property
     def is_decode(self) -> bool:
