@@ -90,6 +90,9 @@ def serve(
         float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
     ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
+    slo_ttft_ms: Annotated[float | None, _setting("Objective: first token.", ServerConfig.slo_ttft_ms)] = None,
+    slo_itl_ms: Annotated[float | None, _setting("Objective: p99 of the gaps.", ServerConfig.slo_itl_ms)] = None,
+    slo_e2e_s: Annotated[float | None, _setting("Objective: whole answer.", ServerConfig.slo_e2e_s)] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
 ) -> None:
     """Serves a model over gRPC until Ctrl-C or SIGTERM.

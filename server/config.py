@@ -132,6 +132,9 @@ class ServerConfig:
     max_queue_tokens: int = 262_144  # prompt tokens that wait
     slow_reader_seconds: float = 30.0  # how long a stream may wait for its reader
     drain_seconds: float = 30.0
+    slo_ttft_ms: float = 2000.0  # objectives that ended requests are counted against
+    slo_itl_ms: float = 100.0
+    slo_e2e_s: float = 60.0
     cache_dir: Path = field(default_factory=default_cache_dir)
 
     def __post_init__(self) -> None:
@@ -167,6 +170,9 @@ _PARSERS: Mapping[str, Parse] = {
     "max_queue_tokens": _integer(1),
     "slow_reader_seconds": _seconds,
     "drain_seconds": _seconds,
+    "slo_ttft_ms": _milliseconds,
+    "slo_itl_ms": _milliseconds,
+    "slo_e2e_s": _seconds,
     "cache_dir": _path,
 }
 

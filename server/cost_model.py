@@ -29,6 +29,7 @@ MIN_SAMPLES = 5  # steps of a phase before anything is said of it
 _MEMORY = 0.995  # weight of a step against the next of its phase: about the last two hundred count
 _RECENT = 0.95  # and in how fast the machine is just now
 _REFIT = 32  # steps after which the coefficients are solved for anew, if nothing needs them before
+_SHORTEST = 1e-6  # seconds, below which no clock tells
 _SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
 _SCALES = np.array([1.0, 1e3, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1
 _RIDGE = 1e-8  # weight of "costs nothing" against what was seen: decides only what that leaves open
@@ -130,6 +131,16 @@ class CostModel:
         """Of a step; 0 where nothing is known."""
         return self._slowness * self._fitted(work)
 
+    def step_seconds(self, decodes: Work) -> float:
+        """Of a step that reads prompts beside these decodes, what does not grow with the prompts."""
+        prefill_a, _, _, _, per_row, per_context = self._values
+        return self._slowness * (prefill_a + per_row * decodes.rows + per_context * decodes.contexts)
+
+    def prompt_seconds(self, work: Work) -> float:
+        """The part of it that grows with its prompts."""
+        _, per_token, per_square, *_ = self._values
+        return self._slowness * (per_token * work.tokens + per_square * work.squares)
+
     def coefficients(self) -> dict[Term, float]:
         """As they are just now."""
         if self._stale:
@@ -141,6 +152,7 @@ class CostModel:
         long as there is no forecast."""
         memory = self._memories[work.phase]
         fitted = self._fitted(work) if self.knows(work.phase) else 0.0
+        seconds = max(seconds, _SHORTEST)
         ratio = None
         if fitted > 0:
             ratio = seconds / (fitted * self._slowness)
@@ -162,7 +174,9 @@ class CostModel:
         information, moments = self._system()
         inverse = np.linalg.inv(information)
         spread = sum(memory.error_variance * _scaled(memory.sums[:-1]) for memory in self._memories.values())
-        half = _NORMAL95 * np.sqrt(np.diag(inverse @ spread @ inverse)) / _SCALES
+        variances = np.diag(inverse @ spread @ inverse)
+        widest = max(memory.error_variance for memory in self._memories.values()) * np.diag(inverse)
+        half = _NORMAL95 * np.sqrt(np.where(variances > 0, variances, widest)) / _SCALES  # rounding can make them < 0
         centre = inverse @ moments / _SCALES
         terms: dict[Term, Coefficient] = {}
         for term, value, lower, upper in zip(TERMS, self._values, centre - half, centre + half, strict=True):

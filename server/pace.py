@@ -37,6 +37,4 @@ class Pace:
 
     def seconds_for_prompts(self, decodes: Work) -> float:
         """Of a step, beside these decodes; a third of the time where the target is out of reach."""
-        cost = self.model.coefficients()
-        rows = cost["decode_row"] * decodes.rows + cost["decode_b"] * decodes.contexts
-        return max(self._target_gap - cost["prefill_a"] - rows, self.model.predict(decodes) / 2)
+        return max(self._target_gap - self.model.step_seconds(decodes), self.model.predict(decodes) / 2)
