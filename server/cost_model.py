@@ -23,6 +23,7 @@ from pagestream.model.step import Chunk
 Term = Literal["prefill_a", "prefill_b", "prefill_c", "decode_a", "decode_row", "decode_b"]
 Phase = Literal["prefill", "decode"]  # of a step: prefill if it reads any prompt
 TERMS: tuple[Term, ...] = get_args(Term)
+Array = npt.NDArray[np.float64]
 
 MIN_SAMPLES = 5  # steps of a phase before anything is said of it
 
@@ -171,12 +172,15 @@ class CostModel:
         apart have in common is one observation, not many. They hold the true cost at least 95 % of the time."""
         if self._stale:
             self._solve()
-        information, moments = self._system()
+        information, moments, ridge = self._system()
         inverse = np.linalg.inv(information)
-        spread = sum(memory.error_variance * _scaled(memory.sums[:-1]) for memory in self._memories.values())
-        variances = np.diag(inverse @ spread @ inverse)
-        widest = max(memory.error_variance for memory in self._memories.values()) * np.diag(inverse)
-        half = _NORMAL95 * np.sqrt(np.where(variances > 0, variances, widest)) / _SCALES  # rounding can make them < 0
+        variances = [memory.error_variance for memory in self._memories.values()]
+        spread = max(variances) * ridge  # of what no step told
+        for memory, variance in zip(self._memories.values(), variances, strict=True):
+            spread = spread + variance * _scaled(memory.sums[:-1])
+        variance_of_each = np.diag(inverse @ spread @ inverse)  # lies between the following, but for rounding
+        variance_of_each = variance_of_each.clip(min(variances) * np.diag(inverse), max(variances) * np.diag(inverse))
+        half = _NORMAL95 * np.sqrt(variance_of_each) / _SCALES
         centre = inverse @ moments / _SCALES
         terms: dict[Term, Coefficient] = {}
         for term, value, lower, upper in zip(TERMS, self._values, centre - half, centre + half, strict=True):
@@ -194,7 +198,7 @@ class CostModel:
     def _solve(self) -> None:
         """What would be negative is held at 0, and the rest is fitted again."""
         self._stale = 0
-        information, moments = self._system()
+        information, moments, _ = self._system()
         free = np.ones(len(TERMS), dtype=bool)
         while True:
             solution = np.linalg.solve(information[np.ix_(free, free)], moments[free])
@@ -205,12 +209,13 @@ class CostModel:
         values[free] = solution
         self._values = (values / _SCALES).tolist()
 
-    def _system(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The matrix [6, 6] and the right side of the normal equations, of scaled features."""
+    def _system(self) -> tuple[Array, Array, Array]:
+        """The matrix [6, 6] and the right side [6] of the normal equations, of scaled features; and what part of the
+        matrix is ridge."""
         information = sum(_scaled(memory.sums[:-1]) for memory in self._memories.values())
         moments = sum(np.array(memory.sums[-1]) for memory in self._memories.values()) / _SCALES
-        ridge = _RIDGE * max(float(np.trace(information)), 1e-12)
-        return information + ridge * np.eye(len(TERMS)), moments
+        ridge = _RIDGE * max(float(np.trace(information)), 1e-12) * np.eye(len(TERMS))
+        return information + ridge, moments, ridge
 
 
 class _Memory:
@@ -251,7 +256,7 @@ class _Memory:
         return self._variance * (1 + correlation) / (1 - correlation)
 
 
-def _scaled(information: list[list[float]]) -> npt.NDArray[np.float64]:
+def _scaled(information: list[list[float]]) -> Array:
     return np.array(information) / np.outer(_SCALES, _SCALES)
 
 
