@@ -29,10 +29,10 @@ MIN_SAMPLES = 5  # steps of a phase before anything is said of it
 
 _MEMORY = 0.995  # weight of a step against the next of its phase: about the last two hundred count
 _RECENT = 0.95  # and in how fast the machine is just now
-_REFIT = 32  # steps after which the coefficients are solved for anew, if nothing needs them before
+_REFIT = 16  # steps after which the coefficients are solved for anew
 _SHORTEST = 1e-6  # seconds, below which no clock tells
 _SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
-_SCALES = np.array([1.0, 1e3, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1
+_SCALES = np.array([1.0, 1e2, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1
 _RIDGE = 1e-8  # weight of "costs nothing" against what was seen: decides only what that leaves open
 _NORMAL95 = 1.96
 
@@ -143,9 +143,7 @@ class CostModel:
         return self._slowness * (per_token * work.tokens + per_square * work.squares)
 
     def coefficients(self) -> dict[Term, float]:
-        """As they are just now."""
-        if self._stale:
-            self._solve()
+        """As they are just now, from a few steps ago."""
         return {term: self._slowness * value for term, value in zip(TERMS, self._values, strict=True)}
 
     def observe(self, work: Work, longest: int, seconds: float) -> float | None:
@@ -172,10 +170,10 @@ class CostModel:
         apart have in common is one observation, not many. They hold the true cost at least 95 % of the time."""
         if self._stale:
             self._solve()
-        information, moments, ridge = self._system()
+        information, moments, assumed = self._system()
         inverse = np.linalg.inv(information)
         variances = [memory.error_variance for memory in self._memories.values()]
-        spread = max(variances) * ridge  # of what no step told
+        spread = max(variances) * assumed
         for memory, variance in zip(self._memories.values(), variances, strict=True):
             spread = spread + variance * _scaled(memory.sums[:-1])
         variance_of_each = np.diag(inverse @ spread @ inverse)  # lies between the following, but for rounding
@@ -211,11 +209,16 @@ class CostModel:
 
     def _system(self) -> tuple[Array, Array, Array]:
         """The matrix [6, 6] and the right side [6] of the normal equations, of scaled features; and what part of the
-        matrix is ridge."""
-        information = sum(_scaled(memory.sums[:-1]) for memory in self._memories.values())
+        matrix no step told: the ridge, and one made-up step that says, as a step ten times as long would, that a step
+        costs as much before its first token whether it decodes or reads a prompt. The weights are read in both.
+        """
+        prefill, decode = (_scaled(memory.sums[:-1]) for memory in self._memories.values())
+        least = 1e-3 * np.trace(prefill + decode) + 1e-12  # for a phase that was not seen
+        assumed = _RIDGE * np.diag(np.repeat([max(np.trace(part), least) for part in (prefill, decode)], 3))
+        per_step = decode[3, 3] / max(min(self._memories["decode"].samples, 1 / (1 - _MEMORY)), 1)
+        assumed[np.ix_((0, 3), (0, 3))] += per_step / 100 * np.array([[1.0, -1.0], [-1.0, 1.0]])
         moments = sum(np.array(memory.sums[-1]) for memory in self._memories.values()) / _SCALES
-        ridge = _RIDGE * max(float(np.trace(information)), 1e-12) * np.eye(len(TERMS))
-        return information + ridge, moments, ridge
+        return prefill + decode + assumed, moments, assumed
 
 
 class _Memory:
