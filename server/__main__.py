@@ -90,6 +90,9 @@ def serve(
         float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
     ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
+    attention_every: Annotated[
+        int | None, _setting("Steps between looks at attention; 0: none.", ServerConfig.attention_every)
+    ] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
 ) -> None:
     """Serves a model over gRPC until Ctrl-C or SIGTERM.

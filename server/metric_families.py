@@ -16,11 +16,16 @@ CTX = (*map(str, CONTEXT_EDGES), "inf")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
 GAP_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 TOKENS = tuple(float(2**k) for k in range(18))
+NATS = tuple(2.0**k for k in range(-4, 4))
+ATTENTION_CTX = (*CTX[:6], "inf")  # of families that are by layer group too
+LAYER_GROUPS = ("early", "middle", "late")
+BANDS = tuple(map(str, range(16)))
 
 Kind = Literal["histogram", "counter", "gauge"]
 Outcome = Literal["ok", "cancelled", "deadline", "rejected", "error"]
 StepMix = Literal["decode", "prefill", "mixed"]
 CancelledBy = Literal["client", "deadline", "slow_reader", "shutdown"]
+IntegrityKind = Literal["nan", "entropy_range", "sink_lost", "entropy_jump"]
 REJECTION_REASONS = (  # those of errors.py, in lower case
     "invalid_field",
     "prompt_exceeds_model_context",
@@ -60,6 +65,11 @@ class Family:
         """The series known in advance; none if a label's values are not."""
         return list(itertools.product(*self.labels.values()))
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a series appears with its first sample: most of those by context or layer group never have one."""
+        return "layers" in self.labels or (self.kind == "counter" and "ctx" in self.labels)
+
 
 def _histogram(
     name: str, meaning: str, edges: tuple[float, ...], *, model: bool = True, **labels: LabelValues
@@ -73,6 +83,10 @@ def _counter(name: str, meaning: str, *, model: bool = True, **labels: LabelValu
 
 def _gauge(name: str, meaning: str, *, model: bool = True, **labels: LabelValues) -> Family:
     return Family("gauge", name, meaning, labels, (), model)
+
+
+def _rows(name: str, meaning: str) -> Family:
+    return _counter(name, meaning, ctx=ATTENTION_CTX, layers=LAYER_GROUPS)
 
 
 _FINISHED = tuple(reason.value for reason in FinishReason)
@@ -118,6 +132,31 @@ FAMILIES = (
     _counter("prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache, once per request"),
     _counter("prefix_cache_hit_tokens_total", "Prompt tokens found there"),
     _counter("prefix_cache_evicted_blocks_total", "Cached KV blocks that were needed for something else"),
+    # Attention, of the decoded rows that the server samples (`--attention-every`); a row adds its mean over heads.
+    _rows("attention_rows_total", "Rows observed"),
+    _rows("attention_entropy_nats_total", "Entropy"),
+    _rows("attention_log_context_total", "Logarithm of the context"),
+    _rows("attention_sink_mass_total", "Mass on the first 4 tokens"),
+    _rows("attention_recent_mass_total", "Mass on the last 64 tokens"),
+    _rows("attention_p_max_total", "Largest weight"),
+    _rows("attention_rest_rows_total", "Share of heads that leave the first token over 0.001 to others"),
+    _rows("attention_entropy_rest_nats_total", "Entropy without the first token, over those heads"),
+    _counter(
+        "attention_band_mass_total", "Mass at distance 2^band - 1 to 2^(band+1) - 2", band=BANDS, layers=LAYER_GROUPS
+    ),
+    _counter("attention_sampled_rows_total", "Rows whose pages were observed, one in 16", ctx=ATTENTION_CTX),
+    _counter("attention_pages95_total", "Pages that hold 95 % of the mass", ctx=ATTENTION_CTX),
+    _counter("attention_head_jsd_nats_total", "Divergence between heads over pages", ctx=ATTENTION_CTX),
+    _counter("attention_head_jsd_null_nats_total", "The same with pages of each head shifted", ctx=ATTENTION_CTX),
+    _gauge(
+        "attention_dilution_exponent", "Slope of entropy on log context; no measure of quality", layers=LAYER_GROUPS
+    ),
+    _gauge("attention_dilution_samples", "Rows it is of, older ones counting less", layers=LAYER_GROUPS),
+    _histogram("output_entropy_nats", "Entropy of the raw logits of tokens that the server samples", NATS),
+    _histogram("output_surprisal_nats", "Minus log-probability of those tokens under the raw logits", NATS),
+    _counter(
+        "integrity_events_total", "Rows whose attention cannot be or is unlike all before", kind=get_args(IntegrityKind)
+    ),
     # The process.
     _counter("grpc_server_started_total", "RPCs begun", model=False, method=()),
     _counter("grpc_server_handled_total", "RPCs ended, by status code", model=False, method=(), code=()),

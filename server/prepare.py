@@ -45,6 +45,7 @@ async def prepare(
     interval = validate.progress_interval(message.output)
     queue_timeout = validate.queue_timeout(message)
     priority = validate.priority(message)
+    stats = validate.stats_request(message.stats, model.page_size)
     if message.WhichOneof("prompt") == "token_ids":
         prompt = list(message.token_ids.ids)
     else:
@@ -58,6 +59,7 @@ async def prepare(
         raise PromptExceedsModelContextError(len(prompt), model.max_context)
     if len(prompt) >= model.kv_capacity_tokens:
         raise PromptExceedsKvCapacityError(len(prompt), model.kv_capacity_tokens)
+    validate.check_spans(stats, len(prompt))
     room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
     wanted = stop.max_tokens if stop.max_tokens is not None else room + 1
     text = partial(
@@ -85,6 +87,7 @@ async def prepare(
         deadline=deadline,
         queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
+        stats=stats,
     )
     return with_others(first, [text() for _ in range(1, num_answers)])
 

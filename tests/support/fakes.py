@@ -21,6 +21,7 @@ from pagestream.server.events import Delta, Event, Failed, Finished
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Job, Publication, with_others
 from pagestream.server.metrics import Metrics
+from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
@@ -149,6 +150,7 @@ class Rig:
         readers: ReaderLimits | None = None,
         target_gap: float = 1e6,
         speculation: bool = False,
+        attention_every: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
@@ -167,6 +169,7 @@ class Rig:
             limits or QueueLimits(1000, 1_000_000),
             readers or ReaderLimits(10_000, 1e9),  # a Recorder reads nothing
             Pace(target_gap),
+            Observer(metrics, attention_every, clock),
             publish or self.recorder.publish,
             on_fault or self.gone.set,
             clock,
