@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from pagestream.model.step import Chunk, SampledToken, SamplingParams
+from pagestream.model.step import Chunk, OutputStats, SampledToken, SamplingParams
 
 BLOCK = 64  # tokens
 NUCLEUS_WIDTH, NUCLEUS_GROWTH = 64, 8  # how many of the likeliest tokens top-p looks at, and how many times more next
@@ -57,13 +58,16 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
     for row, value in zip(rows, largest, strict=True):
         if not math.isfinite(value):
             raise NonFiniteLogitsError(row.chunk.request_id)
+    surprisals: dict[int, float] = {}
     drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.params)]
     if drawn:
         weights = filtered_weights(_take(adjusted, drawn), [rows[index].params for index in drawn])
         uniforms = [uniform(rows[index].params.seed, rows[index].position) for index in drawn]
         for index, token_id in zip(drawn, draw(weights, uniforms), strict=True):
             token_ids[index] = token_id
-    return _report(logits, rows, token_ids)
+        if any(row.chunk.output_stats for row in rows):
+            surprisals = dict(zip(drawn, _surprisals(weights, [token_ids[index] for index in drawn]), strict=True))
+    return _report(logits, rows, token_ids, surprisals)
 
 
 def filtered_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -199,19 +203,37 @@ def _largest(weights: torch.Tensor, count: int) -> torch.Tensor:
     return blocks.flatten(1).topk(count).values
 
 
-def _report(logits: torch.Tensor, rows: Sequence[_Row], token_ids: list[int]) -> list[SampledToken]:
-    """Adds the logprobs asked for, of the model's own distribution."""
+def _surprisals(weights: torch.Tensor, token_ids: list[int]) -> list[float]:
+    """Of the token of each row [S, V] under the distribution it was drawn from, nats."""
+    chosen = weights.gather(1, torch.tensor(token_ids, device=weights.device)[:, None]).double()
+    surprisals: list[float] = (_block_sums(weights).sum(dim=-1, keepdim=True) / chosen).log()[:, 0].tolist()
+    return surprisals
+
+
+def _report(
+    logits: torch.Tensor, rows: Sequence[_Row], token_ids: list[int], sampling_surprisals: Mapping[int, float]
+) -> list[SampledToken]:
+    """Adds what is asked for of the model's own distribution: logprobs, statistics. A token that is missing in
+    `sampling_surprisals` was certain."""
     result = [SampledToken(token_id) for token_id in token_ids]
-    asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None or row.chunk.output_stats]
     if not asked:
         return result
-    logprobs = logits[asked].log_softmax(dim=-1)
-    chosen = [float(values[token_ids[index]]) for index, values in zip(asked, logprobs, strict=True)]
-    widths = [min(rows[index].params.logprobs or 0, logits.shape[-1]) for index in asked]
-    top = logprobs.topk(max(widths), dim=-1)
-    for index, logprob, width, ids, values in zip(
-        asked, chosen, widths, top.indices.tolist(), top.values.tolist(), strict=True
-    ):
-        top_logprobs = tuple(zip(ids[:width], values[:width], strict=True))
-        result[index] = SampledToken(token_ids[index], logprob, top_logprobs)
+    logprobs = _take(logits, asked).log_softmax(dim=-1)
+    chosen_ids = torch.tensor([token_ids[index] for index in asked], device=logprobs.device)
+    chosen: list[float] = logprobs.gather(1, chosen_ids[:, None])[:, 0].tolist()
+    counts = [max(rows[i].params.logprobs or 0, 2 if rows[i].chunk.output_stats else 0) for i in asked]
+    top = logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1)
+    top_ids, top_values = top.indices.tolist(), top.values.tolist()
+    has_stats = any(rows[index].chunk.output_stats for index in asked)
+    entropies = torch.special.entr(logprobs.exp()).sum(dim=-1).tolist() if has_stats else [0.0] * len(asked)
+    for index, logprob, ids, values, entropy in zip(asked, chosen, top_ids, top_values, entropies, strict=True):
+        row, token, output = rows[index], SampledToken(token_ids[index]), None
+        if row.chunk.output_stats:
+            top1, second = (math.exp(value) for value in (*values, -math.inf)[:2])
+            output = OutputStats(entropy, top1, top1 - second, -logprob, sampling_surprisals.get(index, 0.0))
+        if row.params.logprobs is not None:
+            width = row.params.logprobs
+            token = SampledToken(token.token_id, logprob, tuple(zip(ids[:width], values[:width], strict=True)))
+        result[index] = replace(token, output=output)
     return result
