@@ -15,6 +15,7 @@ CONTEXT_EDGES = tuple(2**k for k in range(8, 17))  # tokens; upper edges, inclus
 CTX = (*map(str, CONTEXT_EDGES), "inf")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
 GAP_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+MEAN_GAP_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 TOKENS = tuple(float(2**k) for k in range(18))
 NATS = tuple(2.0**k for k in range(-4, 4))
 ATTENTION_CTX = (*CTX[:6], "inf")  # of families that are by layer group too
@@ -98,7 +99,9 @@ FAMILIES = (
     _histogram("queue_time_seconds", "Request received to first scheduled", SECONDS, ctx=CTX),
     _histogram("prefill_time_seconds", "First scheduled to first token", SECONDS, ctx=CTX),
     _histogram("inter_token_latency_seconds", "Gap between tokens; ctx at the later token", GAP_SECONDS, ctx=CTX),
-    _histogram("time_per_output_token_seconds", "Mean gap of an ended request; ctx at its end", GAP_SECONDS, ctx=CTX),
+    _histogram(
+        "time_per_output_token_seconds", "Mean gap of an ended request; ctx at its end", MEAN_GAP_SECONDS, ctx=CTX
+    ),
     _histogram("request_duration_seconds", "Request received to its end", SECONDS, outcome=get_args(Outcome)),
     _histogram("request_prompt_tokens", "Prompt tokens of an ended request", TOKENS),
     _histogram("request_output_tokens", "Tokens generated for an ended request", TOKENS),

@@ -19,12 +19,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server import errors
+from pagestream.server.attention_metrics import AttentionMetrics
 from pagestream.server.collector import make_registry
 from pagestream.server.events import Timings
 from pagestream.server.metric_families import FAMILIES, REJECTION_REASONS
 from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
 from pagestream.server.request import FinishReason, Request
 from pagestream.v1 import generation_pb2, model_pb2, tokenizer_pb2
+from tests.support.summaries import make_row, output_of
 
 MakeMetrics = Callable[..., Metrics]
 
@@ -62,6 +64,8 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
     metrics.observe_cancel_release("shutdown", 0.001)
     metrics.set_reuse(preemptions=1, recomputed_tokens=17, queried_tokens=0, hit_tokens=0, evicted_blocks=0)
     metrics.observe_step(StepPlan((Chunk("r", range(8), 5, 7, 1, (), SamplingParams()),)), 0.02, 0)
+    rows = [make_row(context, entropy=context**0.1) for context in ONE_OF_EACH_CTX for _ in range(20)]
+    AttentionMetrics(metrics).record(rows, [output_of(5)], with_pages=True)
     metrics.observe_loop_lag(0.001)
     metrics.observe_tokenize(0.001)
     for method in rpc_names():

@@ -25,6 +25,7 @@ from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
+from pagestream.server.stats import StatsRequest
 from tests.support.waiting import WAIT
 
 END = 256  # the token that ends an answer
@@ -151,10 +152,11 @@ class Rig:
         target_gap: float = 1e6,
         speculation: bool = False,
         attention_every: int = 0,
+        runner: EchoRunner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
-        self.runner = EchoRunner()
+        self.runner = runner or EchoRunner()
         self.recorder = Recorder()
         self.gone = threading.Event()
         self.pool = BlockPool(num_blocks, block_size)
@@ -195,6 +197,7 @@ def make_job(
     queue_deadline: float | None = None,
     stop_strings: tuple[str, ...] = (),
     progress_interval: float = 0.0,
+    stats: StatsRequest | None = None,
 ) -> Job:
     tokens = list(prompt.encode())
     return Job(
@@ -204,6 +207,7 @@ def make_job(
         deadline,
         queue_deadline,
         progress_interval,
+        stats=stats or StatsRequest(),
     )
 
 
