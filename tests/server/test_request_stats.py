@@ -53,7 +53,7 @@ class Row:
         self.coherences = self.chance.uniform(0, 1, 4).tolist() if self.chance.random() < 0.7 else [None] * 4
 
     def summary(self, *, with_pages: bool) -> AttentionSummary:
-        members = [GROUP_OF == group for group in range(3)]
+        members = [group == GROUP_OF for group in range(3)]
         return AttentionSummary(
             self.context,
             tuple(map(self._group, members)),
@@ -106,7 +106,7 @@ def check_groups(stats: RequestStats, rows: list[Row]) -> None:
 
     assert [group.group for group in stats.attention] == ["early", "middle", "late"]
     for number, group in enumerate(stats.attention):
-        layers = GROUP_OF == number
+        layers = number == GROUP_OF
         entropy, rest = everything("entropy", layers), everything("has_rest", layers)
         assert group.entropy_nats == pytest.approx(entropy.mean())
         assert group.effective_context_tokens == pytest.approx(math.exp(entropy.mean()))
