@@ -30,7 +30,7 @@ torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
     "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, Tensor(a!) caches, "
-    "Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, Tensor(e!)? sums, "
+    "Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, Tensor(e!)? means, "
     "Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
 )
 

@@ -17,8 +17,9 @@ from pagestream.kernels.reference import RECENT_TOKENS, SINK_TOKENS, gather
 
 BANDS = 16
 LEAST_REST = 1e-3  # heads that leave less than this beside position 0 have no rest to speak of
-# Sums over the heads of a layer group, in the order of `Observation.sums`; then come the bands.
+# Of a layer group in `Observation.means`, in this order; then come the bands.
 FIELDS = (
+    "heads",
     "entropy",
     "entropy_min",
     "entropy_max",
@@ -39,7 +40,7 @@ class Observation(NamedTuple):
 
     rows: Tensor  # int32 [O, 3]: a row of the batch (they increase), its sequence, its place in page_masses or -1
     spans: Tensor  # int32 [N, 3]: a place in rows (they do not decrease), first position, position behind the last
-    sums: Tensor  # float32 [O, G, FIELDS and BANDS]
+    means: Tensor  # float32 [O, G, FIELDS and BANDS]
     page_masses: Tensor  # float32 [P, L, Hq, 1 + M], zeros before: mass on position 0, then on each page
     span_shares: Tensor  # float32 [N, L, Hq, 2]: mass, and <o_span, o> / |o|^2 of the head's output o = sum p_j v_j
 
@@ -54,7 +55,7 @@ class Observation(NamedTuple):
         check_shape(
             ("rows", self.rows, (len(self.rows), 3)),
             ("spans", self.spans, (len(self.spans), 3)),
-            ("sums", self.sums, (len(self.rows), num_groups(num_layers), len(FIELDS) + BANDS)),
+            ("means", self.means, (len(self.rows), num_groups(num_layers), len(FIELDS) + BANDS)),
             ("page_masses", self.page_masses, (len(self.page_masses), num_layers, num_heads, 1 + max_pages)),
             ("span_shares", self.span_shares, (len(self.spans), num_layers, num_heads, 2)),
         )
@@ -69,37 +70,35 @@ def layer_groups(num_layers: int) -> list[int]:
     return [layer * num_groups(num_layers) // num_layers for layer in range(num_layers)]
 
 
-def group_sums(weights: Tensor) -> Tensor:
-    """`weights` [L, Hq, n], p of one row, to sums [G, FIELDS and BANDS] of its dtype."""
+def group_means(weights: Tensor) -> Tensor:
+    """`weights` [L, Hq, n], p of one row, to [G, FIELDS and BANDS] of its dtype."""
     num_layers, _, n = weights.shape
-    rest_weights = weights[..., 1:]
-    rest = rest_weights.sum(-1)
-    has_rest = rest > LEAST_REST
-    rest_shares = rest_weights / rest.where(has_rest, 1)[..., None]
-    counts = torch.arange(n, 0, -1, device=weights.device)  # n - j
-    entropy = torch.special.entr(weights).sum(-1)
-    values = {
-        "entropy": entropy,
-        "sink": weights[..., :SINK_TOKENS].sum(-1),
-        "recent": weights[..., -RECENT_TOKENS:].sum(-1),
-        "p_max": weights.amax(-1),
-        "rest_heads": has_rest.to(weights.dtype),
-        "entropy_rest": torch.special.entr(rest_shares).sum(-1) * has_rest,
-        "log2_distance": (rest_shares * counts[1:].to(weights.dtype).log2()).sum(-1) * has_rest,
-    }
-    bands = counts.log2().floor().long().clamp(max=BANDS - 1)
-    by_band = weights.new_zeros(*weights.shape[:2], BANDS).index_add_(-1, bands, weights)
-    sums = weights.new_empty(num_groups(num_layers), len(FIELDS) + BANDS)
     groups = torch.tensor(layer_groups(num_layers), device=weights.device)
-    for group, row in enumerate(sums):
-        of_group = groups == group
-        for field, name in enumerate(FIELDS):
-            if name in values:
-                row[field] = values[name][of_group].sum()
-        row[FIELDS.index("entropy_min")] = entropy[of_group].min()
-        row[FIELDS.index("entropy_max")] = entropy[of_group].max()
-        row[len(FIELDS) :] = by_band[of_group].sum((0, 1))
-    return sums
+    counts = torch.arange(n, 0, -1, device=weights.device)  # n - j
+    bands = counts.log2().floor().long().clamp(max=BANDS - 1)
+    means = []
+    for group in range(num_groups(num_layers)):
+        p = weights[groups == group].flatten(0, 1)  # [heads, n]
+        entropy = torch.special.entr(p).sum(-1)
+        rest = p[:, 1:].sum(-1)
+        has_rest = rest > LEAST_REST
+        rest_p = p[has_rest, 1:] / rest[has_rest, None]
+        rest_heads = has_rest.sum()
+        values = {
+            "heads": p.new_tensor(len(p)),
+            "entropy": entropy.mean(),
+            "entropy_min": entropy.min(),
+            "entropy_max": entropy.max(),
+            "sink": p[:, :SINK_TOKENS].sum(-1).mean(),
+            "recent": p[:, -RECENT_TOKENS:].sum(-1).mean(),
+            "p_max": p.amax(-1).mean(),
+            "rest_heads": rest_heads,
+            "entropy_rest": torch.special.entr(rest_p).sum() / rest_heads.clamp(min=1),
+            "log2_distance": (rest_p * counts[1:].log2()).sum() / rest_heads.clamp(min=1),
+        }
+        by_band = p.new_zeros(BANDS).index_add_(0, bands, p.mean(0))
+        means.append(torch.cat([torch.stack([values[name].to(p.dtype) for name in FIELDS]), by_band]))
+    return torch.stack(means)
 
 
 def page_masses(weights: Tensor, page_size: int) -> Tensor:
@@ -168,7 +167,7 @@ class Observer:
         """After the last layer."""
         for place, (_, _, pages) in enumerate(self._rows):
             weights = torch.stack(self._weights[place])
-            self._observation.sums[place] = group_sums(weights)
+            self._observation.means[place] = group_means(weights)
             if pages >= 0:
                 masses = page_masses(weights, self._page_size)
                 self._observation.page_masses[pages, :, :, : masses.shape[-1]] = masses

@@ -34,8 +34,9 @@ def agreement(masses: Array, page_size: int) -> Agreement:
     heads = np.where(counted[..., None], masses / np.where(totals > 0, totals, 1), 0)
     per_layer = counted.sum(-1)
     layers = heads.sum(1) / np.maximum(per_layer, 1)[:, None]  # [L, pages]
-    head_means = _over_sizes(heads, counted, page_size)
-    layer_means = _over_sizes(layers[None], (per_layer > 0)[None], page_size)
+    random = np.random.default_rng(0)
+    head_means = _over_sizes(heads, counted, page_size, random)
+    layer_means = _over_sizes(layers[None], (per_layer > 0)[None], page_size, random)
     return Agreement(
         head_jsd=head_means[0],
         head_jsd_null=head_means[1],
@@ -48,36 +49,40 @@ def agreement(masses: Array, page_size: int) -> Agreement:
     )
 
 
-def _over_sizes(members: Array, counted: npt.NDArray[np.bool_], page_size: int) -> list[float | None]:
+def _over_sizes(
+    members: Array, counted: npt.NDArray[np.bool_], page_size: int, random: np.random.Generator
+) -> list[float | None]:
     """Means of divergence, its null, coherence, its null, of `members` [sets, members, pages], over the sets with two
     members or more that are counted, and over block sizes."""
     sets = counted.sum(-1) > 1
-    members, counted = members[sets], counted[sets]
+    blocks, counted = members[sets], counted[sets]
     found: list[Array] = []
+    merged = page_size
     for size in _BLOCK_SIZES:
-        if size < page_size or members.shape[-1] * page_size <= size or not len(members):
+        if size < page_size or blocks.shape[-1] * merged <= size or not len(blocks):
             continue
-        starts = np.arange(0, members.shape[-1], size // page_size)
-        blocks = np.add.reduceat(members, starts, axis=-1)
-        count = counted.sum(-1)
+        if size > merged:
+            blocks = np.add.reduceat(blocks, np.arange(0, blocks.shape[-1], size // merged), axis=-1)
+            merged = size
+        count = counted.sum(-1).astype(blocks.dtype)
+        mean_entropy = (entropy(blocks) * counted).sum(-1) / count
         bound = np.log(np.minimum(count, blocks.shape[-1]))
-        pair = [divergence(blocks, counted), divergence(_shifted(blocks), counted)]
-        found.append(np.array([*pair, *(1 - jsd / bound for jsd in pair)]).mean(-1))
-    return [float(mean) for mean in np.mean(found, axis=0)] if found else [None] * 4
+        for total in (blocks.sum(1), _shifted_sum(blocks, random)):
+            jsd = np.maximum(entropy(total / count[:, None]) - mean_entropy, 0)
+            found += [jsd.mean(), (1 - jsd / bound).mean()]
+    if not found:
+        return [None] * 4
+    jsd, coherence, jsd_null, coherence_null = np.reshape(found, (-1, 4)).mean(0).tolist()
+    return [jsd, jsd_null, coherence, coherence_null]
 
 
-def divergence(members: Array, counted: npt.NDArray[np.bool_]) -> Array:
-    """Generalised Jensen-Shannon divergence, H(mean of P) - mean of H(P), nats: of `members` [..., m, blocks], those
-    that are `counted` [..., m]."""
-    count = counted.sum(-1)
-    mean = members.sum(-2) / count[..., None]
-    result: Array = np.maximum(entropy(mean) - (entropy(members) * counted).sum(-1) / count, 0)
-    return result
-
-
-def _shifted(members: Array) -> Array:
-    """Each member's blocks moved in a circle, by its own distance: chance, but the same for the same shape."""
-    blocks = members.shape[-1]
-    shifts = np.random.default_rng(blocks).integers(blocks, size=members.shape[:-1])
-    places = (np.arange(blocks) + shifts[..., None]) % blocks
-    return np.take_along_axis(members, places, axis=-1)
+def _shifted_sum(blocks: Array, random: np.random.Generator) -> Array:
+    """Over members of [sets, members, blocks], the blocks of each moved in a circle by its own distance: chance, but
+    the same for the same shape."""
+    total = np.zeros_like(blocks[:, 0])
+    width = blocks.shape[-1]
+    shifts = random.integers(width, size=blocks.shape[1]).tolist()
+    for member, shift in enumerate(shifts):
+        total[:, shift:] += blocks[:, member, : width - shift]
+        total[:, :shift] += blocks[:, member, width - shift :]
+    return total

@@ -35,12 +35,11 @@ def build_observation(plan: StepPlan, config: ModelConfig, max_pages: int) -> Ob
         first_row += chunk.length
     if not rows:
         return None
-    groups, fields = summary.num_groups(config.num_layers), len(FIELDS) + summary.BANDS
     heads = (config.num_layers, config.num_heads)
     return Observation(
-        rows=torch.tensor(rows, dtype=torch.int32),
-        spans=torch.tensor(spans, dtype=torch.int32).view(-1, 3),
-        sums=torch.empty(len(rows), groups, fields),
+        rows=torch.from_numpy(np.array(rows, np.int32)),
+        spans=torch.from_numpy(np.array(spans, np.int32).reshape(-1, 3)),
+        means=torch.empty(len(rows), summary.num_groups(config.num_layers), len(FIELDS) + summary.BANDS),
         page_masses=torch.zeros(num_pages, *heads, 1 + max_pages),
         span_shares=torch.empty(len(spans), *heads, 2),
     )
@@ -50,20 +49,22 @@ def summarize(
     plan: StepPlan, observation: Observation, config: ModelConfig, page_size: int
 ) -> tuple[AttentionSummary | None, ...]:
     """One for each chunk, None where it is not observed."""
-    sums = iter(observation.sums.numpy())
+    means = iter(observation.means.tolist())
     masses, shares = iter(observation.page_masses.numpy()), iter(observation.span_shares.numpy())
-    heads = np.bincount(summary.layer_groups(config.num_layers)) * config.num_heads
 
     def summary_of(chunk: Chunk) -> AttentionSummary:
         n = chunk.observed_position + 1
-        of_groups = next(sums)
         pages = None
         if chunk.attention >= StatsLevel.PAGES:
             mass = next(masses)[..., : 1 + -(-n // page_size)]
             pages = _pages(mass, page_size, itertools.islice(shares, len(chunk.spans)), chunk)
-        groups = tuple(map(_group, of_groups, heads.tolist()))
-        bands = of_groups[:, len(FIELDS) :] / heads[:, None]
-        return AttentionSummary(_attendable(config, n), groups, tuple(map(tuple, bands.tolist())), pages)
+        groups = next(means)
+        return AttentionSummary(
+            context=n if 0 in config.windows else min(n, max(config.windows)),
+            groups=tuple(map(_group, groups)),
+            bands=tuple(tuple(values[len(FIELDS) :]) for values in groups),
+            pages=pages,
+        )
 
     return tuple(summary_of(chunk) if chunk.attention > StatsLevel.OFF else None for chunk in plan.chunks)
 
@@ -75,38 +76,32 @@ def _spans(chunk: Chunk) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _attendable(config: ModelConfig, context: int) -> int:
-    return max(min(context, window or context) for window in config.windows)
-
-
-def _group(sums: Array, heads: int) -> GroupSummary:
-    total = dict(zip(FIELDS, sums.tolist(), strict=False))  # bands follow
-    rest = max(total["rest_heads"], 1)
+def _group(values: list[float]) -> GroupSummary:
+    of = dict(zip(FIELDS, values, strict=False))  # bands follow
     return GroupSummary(
-        heads=heads,
-        entropy=total["entropy"] / heads,
-        entropy_min=total["entropy_min"],
-        entropy_max=total["entropy_max"],
-        sink_mass=total["sink"] / heads,
-        recent_mass=total["recent"] / heads,
-        p_max=total["p_max"] / heads,
-        rest_heads=round(total["rest_heads"]),
-        entropy_rest=total["entropy_rest"] / rest,
-        log2_distance=total["log2_distance"] / rest,
+        heads=round(of["heads"]),
+        entropy=of["entropy"],
+        entropy_min=of["entropy_min"],
+        entropy_max=of["entropy_max"],
+        sink_mass=of["sink"],
+        recent_mass=of["recent"],
+        p_max=of["p_max"],
+        rest_heads=round(of["rest_heads"]),
+        entropy_rest=of["entropy_rest"],
+        log2_distance=of["log2_distance"],
     )
 
 
 def _pages(masses: Array, page_size: int, shares: Iterator[Array], chunk: Chunk) -> PageSummary:
     """`masses` [L, Hq, 1 + pages] as in an Observation; `shares` of each span [L, Hq, 2]."""
     first, by_page = masses[..., 0], np.ascontiguousarray(masses[..., 1:])
-    largest_first = -np.sort(-by_page, axis=-1)
-    needed = (np.cumsum(largest_first, axis=-1, dtype=np.float64) < _COVERED).sum(-1) + 1
+    dropped = (np.cumsum(np.sort(by_page, axis=-1), axis=-1) <= 1 - _COVERED).sum(-1)  # of the smallest
     rest = by_page.copy()
     rest[..., 0] -= first
     return PageSummary(
         mass=tuple(by_page.mean((0, 1), dtype=np.float64).tolist()),
         entropy=float(entropy(by_page).mean()),
-        pages95=float(needed.mean()),
+        pages95=float(by_page.shape[-1] - dropped.mean()),
         **agreement(rest, page_size),
         spans=tuple(_span(of_span, span, first) for of_span, span in zip(shares, chunk.spans, strict=True)),
         head_mass=by_page.tobytes(),

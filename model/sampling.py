@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -216,24 +217,37 @@ def _report(
     """Adds what is asked for of the model's own distribution: logprobs, statistics. A token that is missing in
     `sampling_surprisals` was certain."""
     result = [SampledToken(token_id) for token_id in token_ids]
-    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None or row.chunk.output_stats]
-    if not asked:
-        return result
-    logprobs = _take(logits, asked).log_softmax(dim=-1)
-    chosen_ids = torch.tensor([token_ids[index] for index in asked], device=logprobs.device)
-    chosen: list[float] = logprobs.gather(1, chosen_ids[:, None])[:, 0].tolist()
-    counts = [max(rows[i].params.logprobs or 0, 2 if rows[i].chunk.output_stats else 0) for i in asked]
-    top = logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1)
-    top_ids, top_values = top.indices.tolist(), top.values.tolist()
-    has_stats = any(rows[index].chunk.output_stats for index in asked)
-    entropies = torch.special.entr(logprobs.exp()).sum(dim=-1).tolist() if has_stats else [0.0] * len(asked)
-    for index, logprob, ids, values, entropy in zip(asked, chosen, top_ids, top_values, entropies, strict=True):
-        row, token, output = rows[index], SampledToken(token_ids[index]), None
-        if row.chunk.output_stats:
-            top1, second = (math.exp(value) for value in (*values, -math.inf)[:2])
-            output = OutputStats(entropy, top1, top1 - second, -logprob, sampling_surprisals.get(index, 0.0))
-        if row.params.logprobs is not None:
-            width = row.params.logprobs
-            token = SampledToken(token.token_id, logprob, tuple(zip(ids[:width], values[:width], strict=True)))
-        result[index] = replace(token, output=output)
+    asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
+    if asked:
+        logprobs = logits[asked].log_softmax(dim=-1)
+        chosen = [float(values[token_ids[index]]) for index, values in zip(asked, logprobs, strict=True)]
+        widths = [min(rows[index].params.logprobs or 0, logits.shape[-1]) for index in asked]
+        top = logprobs.topk(max(widths), dim=-1)
+        for index, logprob, width, ids, values in zip(
+            asked, chosen, widths, top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            top_logprobs = tuple(zip(ids[:width], values[:width], strict=True))
+            result[index] = SampledToken(token_ids[index], logprob, top_logprobs)
+    asked = [index for index, row in enumerate(rows) if row.chunk.output_stats]
+    if asked:
+        statistics = _output_statistics(_take(logits, asked), [token_ids[index] for index in asked])
+        for index, values in zip(asked, statistics, strict=True):
+            output = OutputStats(*values, sampling_surprisals.get(index, 0.0))
+            result[index] = replace(result[index], output=output)
     return result
+
+
+def _output_statistics(logits: torch.Tensor, token_ids: list[int]) -> list[tuple[float, float, float, float]]:
+    """Entropy, probability of the likeliest, margin, surprisal of each row [S, V] and its token. By numpy, as torch's
+    threads would wait for those of the kernels."""
+    rows, places = logits.cpu().numpy(), np.arange(len(token_ids))
+    likeliest = rows.argmax(axis=-1)
+    shifted = rows - rows[places, likeliest, None]
+    weights = np.exp(shifted)
+    total = weights.sum(axis=-1)
+    entropy = np.log(total) - np.einsum("sv,sv->s", weights, shifted) / total
+    surprisal = np.log(total) - shifted[places, token_ids]
+    weights[places, likeliest] = 0
+    second = weights.max(axis=-1)
+    columns = (entropy, 1 / total, (1 - second) / total, surprisal)
+    return list(zip(*(column.tolist() for column in columns), strict=True))

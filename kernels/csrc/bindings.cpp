@@ -174,7 +174,7 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
             const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
             const Tensor sampled_rows, const Tensor caches, const std::optional<Tensor> scales, const Tensor logits,
             const Tensor seconds, const std::optional<Tensor> observed, const std::optional<Tensor> spans,
-            const std::optional<Tensor> sums, const std::optional<Tensor> page_masses,
+            const std::optional<Tensor> means, const std::optional<Tensor> page_masses,
             const std::optional<Tensor> span_shares) {
   const auto& m = *reinterpret_cast<const pagestream::DecoderModel*>(model.data_ptr());
   const int64_t element = caches.element_size();
@@ -222,9 +222,9 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
     observation.spans = data_of<pagestream::ObservedSpan>(*spans);
     observation.num_rows = observed->size(0);
     observation.num_spans = spans->size(0);
-    observation.num_groups = sums->size(1);
+    observation.num_groups = means->size(1);
     observation.num_page_rows = page_masses->size(0);
-    observation.sums = static_cast<pagestream::GroupSums*>(sums->data_ptr());
+    observation.means = static_cast<pagestream::GroupMeans*>(means->data_ptr());
     observation.page_masses = static_cast<float*>(page_masses->data_ptr());
     observation.span_shares = static_cast<float*>(span_shares->data_ptr());
     s.observation = &observation;

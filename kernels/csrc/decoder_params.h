@@ -35,9 +35,10 @@ struct DecoderModel {
   const DecoderLayer* layers() const { return reinterpret_cast<const DecoderLayer*>(this + 1); }
 };
 
-// Over the layers and heads of a third of the network; what leaves position 0 out, over those that put more than
-// kLeastRest elsewhere. decoder.py reads it as floats.
-struct GroupSums {
+// Means over the layers and heads of a third of the network; of what leaves position 0 out, over those that put more
+// than kLeastRest elsewhere. summary.py reads it as floats.
+struct GroupMeans {
+  float heads;
   float entropy, entropy_min, entropy_max, sink, recent, p_max;
   float rest_heads, entropy_rest, log2_distance;
   float bands[kBands];
@@ -48,7 +49,7 @@ struct Observation {
   const ObservedRow* rows;    // [O], rising
   const ObservedSpan* spans;  // [N], in the order of their rows
   int64_t num_rows, num_spans, num_groups, num_page_rows;  // O, N, G, P
-  GroupSums* sums;     // [O, G]
+  GroupMeans* means;   // [O, G]
   float* page_masses;  // [P, L, Hq, 1 + M], zeros before: of position 0, of each page
   float* span_shares;  // [N, L, Hq, 2]: mass, <o_span, o> / |o|^2
 };

@@ -85,8 +85,8 @@ Observer::Observer(const Observation& observation, const AttentionParams& p, int
   for (int64_t i = 0; i < o_.num_spans; ++i) ++first_span_[o_.spans[i].observed + 1];
   for (int64_t i = 0; i < o_.num_rows; ++i) first_span_[i + 1] += first_span_[i];
   for (int64_t i = 0; i < o_.num_rows * o_.num_groups; ++i) {
-    o_.sums[i] = {};
-    o_.sums[i].entropy_min = std::numeric_limits<float>::infinity();
+    o_.means[i] = {};
+    o_.means[i].entropy_min = std::numeric_limits<float>::infinity();
   }
 }
 
@@ -99,9 +99,10 @@ void Observer::keep(AttentionParams& p) const {
 }
 
 void Observer::observe(const AttentionKernel& kernel, const AttentionParams& p, int64_t layer, int64_t threads) const {
-  constexpr int64_t kWeightsAtOnce = 1 << 14;  // some microseconds
+  constexpr int64_t kWeightsAtOnce = 1 << 14;  // some microseconds, four times as many with pages or spans
+  const int64_t at_once = kWeightsAtOnce / (o_.num_page_rows > 0 ? 4 : 1);
   const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, group = heads / kv_heads;
-  parallel_for(o_.num_rows * kv_heads, kWeightsAtOnce / (group * weight_stride_) + 1, threads,
+  parallel_for(o_.num_rows * kv_heads, at_once / (group * weight_stride_) + 1, threads,
                [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t i = unit / kv_heads, kv_head = unit % kv_heads, head = kv_head * group;
@@ -125,12 +126,15 @@ void Observer::observe(const AttentionKernel& kernel, const AttentionParams& p, 
     }
   });
   for (int64_t i = 0; i < o_.num_rows; ++i) {
-    GroupSums& sums = o_.sums[i * o_.num_groups + layer * o_.num_groups / num_layers_];
-    for (int64_t head = 0; head < heads; ++head) add(records_[i * heads + head], sums);
+    GroupMeans* const means = o_.means + i * o_.num_groups;
+    for (int64_t head = 0; head < heads; ++head)
+      add(records_[i * heads + head], means[layer * o_.num_groups / num_layers_]);
+    for (int64_t g = 0; layer == num_layers_ - 1 && g < o_.num_groups; ++g) divide(means[g]);
   }
 }
 
-void Observer::add(const HeadRecord& r, GroupSums& sums) const {
+void Observer::add(const HeadRecord& r, GroupMeans& sums) const {
+  sums.heads += 1;
   sums.entropy += r.entropy;
   sums.entropy_min = std::min(sums.entropy_min, r.entropy);
   sums.entropy_max = std::max(sums.entropy_max, r.entropy);
@@ -145,6 +149,12 @@ void Observer::add(const HeadRecord& r, GroupSums& sums) const {
   sums.rest_heads += 1;
   sums.entropy_rest += std::max(0.0f, (r.entropy - first + rest * std::log(rest)) / rest);
   sums.log2_distance += r.log2_distance / rest;
+}
+
+void Observer::divide(GroupMeans& sums) const {
+  for (float* sum : {&sums.entropy, &sums.sink, &sums.recent, &sums.p_max}) *sum /= sums.heads;
+  for (float& sum : sums.bands) sum /= sums.heads;
+  for (float* sum : {&sums.entropy_rest, &sums.log2_distance}) *sum /= std::max(1.0f, sums.rest_heads);
 }
 
 }  // namespace pagestream

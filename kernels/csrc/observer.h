@@ -16,11 +16,12 @@ class Observer {
   // Makes attention keep the weights of the rows.
   void keep(AttentionParams& p) const;
 
-  // Adds what attention with these parameters kept to the sums.
+  // Adds what attention with these parameters kept: of the layers in order.
   void observe(const AttentionKernel& kernel, const AttentionParams& p, int64_t layer, int64_t threads) const;
 
  private:
-  void add(const HeadRecord& record, GroupSums& sums) const;
+  void add(const HeadRecord& record, GroupMeans& sums) const;
+  void divide(GroupMeans& sums) const;
 
   const Observation& o_;
   const int64_t num_layers_;
