@@ -36,6 +36,10 @@ _SCALES = np.array([1.0, 1e2, 1e6, 1.0, 10.0, 1e3])  # of the features, so that 
 _RIDGE = 1e-8  # weight of "costs nothing" against what was seen: decides only what that leaves open
 _NORMAL95 = 1.96
 
+# What is true where products with weights take most of the time, and decides what the steps leave open: a step that
+# reads a prompt costs as much before its first token as one that decodes, and 16 rows as much as 16 tokens of a prompt.
+_ASSUMED = np.array([[1.0, 0.0, 0.0, -1.0, 0.0, 0.0], [0.0, -16.0, 0.0, 0.0, 16.0, 0.0]]) / _SCALES
+
 
 class Work(NamedTuple):
     """What a step computes, as the model sees it."""
@@ -209,14 +213,13 @@ class CostModel:
 
     def _system(self) -> tuple[Array, Array, Array]:
         """The matrix [6, 6] and the right side [6] of the normal equations, of scaled features; and what part of the
-        matrix no step told: the ridge, and one made-up step that says, as a step ten times as long would, that a step
-        costs as much before its first token whether it decodes or reads a prompt. The weights are read in both.
+        matrix no step told: the ridge, and `_ASSUMED` as if two steps ten times as long as a decode had said so.
         """
         prefill, decode = (_scaled(memory.sums[:-1]) for memory in self._memories.values())
         least = 1e-3 * np.trace(prefill + decode) + 1e-12  # for a phase that was not seen
         assumed = _RIDGE * np.diag(np.repeat([max(np.trace(part), least) for part in (prefill, decode)], 3))
         per_step = decode[3, 3] / max(min(self._memories["decode"].samples, 1 / (1 - _MEMORY)), 1)
-        assumed[np.ix_((0, 3), (0, 3))] += per_step / 100 * np.array([[1.0, -1.0], [-1.0, 1.0]])
+        assumed += per_step / 100 * _ASSUMED.T @ _ASSUMED
         moments = sum(np.array(memory.sums[-1]) for memory in self._memories.values()) / _SCALES
         return prefill + decode + assumed, moments, assumed
 

@@ -129,7 +129,9 @@ class Metrics:
         self._lock = threading.Lock()
         self._histograms = {family.name: Histogram(family) for family in FAMILIES if family.kind == "histogram"}
         self._values = {
-            family.name: dict.fromkeys(family.series, 0.0) for family in FAMILIES if family.kind != "histogram"
+            family.name: dict.fromkeys(() if family.is_sparse else family.series, 0.0)
+            for family in FAMILIES
+            if family.kind != "histogram"
         }
         self._values["build_info"] = {(_version(),): 1}
 
@@ -243,6 +245,21 @@ class Metrics:
             self._values["prefix_cache_hit_tokens_total"][()] = hit_tokens
             self._values["prompt_tokens_total"]["cached",] = hit_tokens
             self._values["prefix_cache_evicted_blocks_total"][()] = evicted_blocks
+
+    def record(
+        self,
+        counts: Mapping[tuple[str, LabelValues], float],
+        gauges: Mapping[tuple[str, LabelValues], float],
+        observations: Mapping[str, Sequence[float]],
+    ) -> None:
+        """Adds to counters, sets gauges and observes values of histograms without labels, all at one moment."""
+        with self._lock:
+            for (name, labels), amount in counts.items():
+                self._count(name, amount, *labels)
+            for (name, labels), value in gauges.items():
+                self._values[name][labels] = value
+            for name, values in observations.items():
+                self._histograms[name].add([0] * len(values), values)
 
     # ---- called by the services
 

@@ -16,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from pagestream.model.step import SamplingParams
 from pagestream.server.errors import InvalidFieldError
 from pagestream.server.request import Priority
+from pagestream.server.stats import Span, StatsDetail, StatsRequest
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import insight_pb2, stats_pb2
 
@@ -26,8 +27,9 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_REQUEST_ID_BYTES = 128
+MAX_ATTENTION_EVERY = 4096
 MAX_SPANS = 64
-MAX_SPAN_NAME = 64
+MAX_SPAN_NAME = 64  # characters
 
 _PRIORITIES = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
@@ -163,6 +165,37 @@ def check_spans(spans: Sequence[stats_pb2.Span], num_prompt_tokens: int) -> None
             raise InvalidFieldError(f"spans[{index}].end_token", problem)
         if span.end_token - span.begin_token == num_prompt_tokens:
             raise InvalidFieldError(f"spans[{index}]", "must not be the whole prompt: the answer must follow something")
+
+
+def stats_request(stats: stats_pb2.StatsOptions, page_tokens: int) -> StatsRequest:
+    """All but where spans end, for which see check_stats_spans. Raises InvalidFieldError."""
+    if stats.level not in stats_pb2.StatsLevel.values():
+        raise InvalidFieldError("stats.level", f"{stats.level} is not one of pagestream.v1.StatsLevel")
+    detail = StatsDetail(stats.level or StatsDetail.OFF)
+    every = 16 if detail is StatsDetail.SPANS else 1
+    if stats.HasField("attention_every"):
+        every = _check_range("stats.attention_every", stats.attention_every, 1, MAX_ATTENTION_EVERY)
+    if stats.spans and detail is not StatsDetail.SPANS:
+        raise InvalidFieldError("stats.spans", "need the level STATS_LEVEL_SPANS")
+    if len(stats.spans) > MAX_SPANS:
+        raise InvalidFieldError("stats.spans", f"at most {MAX_SPANS} are allowed")
+    names: set[str] = set()
+    for index, span in enumerate(stats.spans):
+        if not 1 <= len(span.name) <= MAX_SPAN_NAME:
+            raise InvalidFieldError(f"stats.spans[{index}].name", f"must have 1 to {MAX_SPAN_NAME} characters")
+        if span.name in names:
+            raise InvalidFieldError(f"stats.spans[{index}].name", "is that of another span")
+        names.add(span.name)
+    spans = tuple(Span(span.name, span.begin_token, span.end_token) for span in stats.spans)
+    return StatsRequest(detail, every, spans, page_tokens)
+
+
+def check_stats_spans(stats: StatsRequest, num_prompt_tokens: int) -> None:
+    """Raises InvalidFieldError for a span that is empty or ends behind the prompt."""
+    for index, span in enumerate(stats.spans):
+        if not span.begin < span.end <= num_prompt_tokens:
+            limit = f"must be above begin_token and at most the prompt's length, {num_prompt_tokens}"
+            raise InvalidFieldError(f"stats.spans[{index}].end_token", f"{limit}, not {span.end}")
 
 
 def _seconds(name: str, duration: Duration, low: float) -> float:

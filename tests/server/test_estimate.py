@@ -10,7 +10,7 @@ import pytest
 
 from pagestream.model.step import StepPlan
 from pagestream.v1 import generation_pb2 as pb
-from pagestream.v1 import insight_pb2
+from pagestream.v1 import insight_pb2, stats_pb2
 from pagestream.v1.insight_pb2_grpc import InsightServiceStub
 from tests.support.client import Client, refused
 from tests.support.fakes import FakeClock
@@ -89,3 +89,30 @@ def test_a_real_model_takes_about_as_long_as_estimated(serve: Callable[..., Any]
                 ratios.append(actual / forecast)
     client.close()
     assert 0.6 < sorted(ratios)[len(ratios) // 2] < 1.7, ratios
+
+
+def test_an_answer_says_how_long_others_prompts_held_it_up(make_service: Callable[..., Service]) -> None:
+    """Level TIMING: each token's gap, what it would have been alone, and the part that a prompt caused."""
+    clock, beside = FakeClock(), list[Any]()
+    service = make_service(clock=clock)
+    timing = stats_pb2.StatsOptions(level=stats_pb2.STATS_LEVEL_TIMING)
+
+    def on_step(plan: StepPlan) -> None:  # on the engine's thread
+        clock.now += 0.01 + sum(0.002 * chunk.length for chunk in plan.chunks if not chunk.is_decode)
+        if not beside and any(chunk.request_id == "stream" and chunk.end > 50 for chunk in plan.chunks):
+            request = pb.GenerateRequest(text="n" * 300, stop=stop(1), stats=timing)
+            beside.append(service.client.generation.Generate.future(request, timeout=WAIT))
+
+    service.rig.runner.on_step = on_step
+    for length in (100, 200, 300):
+        service.client.generate(text=chr(64 + length // 100) * length, stop=stop(20))
+    stream = service.client.stream(text="s" * 20, request_id="stream", stop=stop(900), stats=timing)
+    suffered = stream.finished.stats.stall_suffered.ToNanoseconds()
+    caused = beside[0].result(WAIT).finished.stats
+    tokens = [token for delta in stream.deltas for token in delta.stats]
+    assert suffered == pytest.approx(300 * 0.002e9, rel=0.1)
+    assert caused.stall_caused.ToNanoseconds() == suffered
+    assert (caused.prefill_chunks, stream.finished.stats.prefill_chunks) == (5, 1)
+    assert sum(token.stall.ToNanoseconds() for token in tokens) == pytest.approx(suffered, abs=900)
+    assert not tokens[0].HasField("predicted_gap")
+    assert all(token.predicted_gap.ToNanoseconds() == pytest.approx(0.01e9, rel=0.1) for token in tokens[1:])
