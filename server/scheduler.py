@@ -129,7 +129,7 @@ class Scheduler:
         reads at most `max_prompt_tokens` of prompts, but never none.
         """
         planned: dict[Request, Chunk] = {}
-        for request in [request for request in self._running if request.num_uncomputed == 1]:
+        for request in [request for request in self._running if request.num_uncomputed == 1 and not request.given]:
             self._plan_chunk(request, 1, planned)
         budget = self._token_budget - len(planned)
         if planned and max_prompt_tokens is not None:
