@@ -90,6 +90,9 @@ def serve(
         float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
     ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
+    canary_interval: Annotated[
+        float | None, _setting("Seconds between checks of known answers; 0: none.", ServerConfig.canary_interval)
+    ] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
 ) -> None:
     """Serves a model over gRPC until Ctrl-C or SIGTERM.

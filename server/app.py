@@ -15,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from pagestream.server.assemble import assemble
+from pagestream.server.canary import Canary
 from pagestream.server.config import ServerConfig
 from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
@@ -69,8 +70,10 @@ async def _serve(config: ServerConfig) -> int:
             metrics.state = ServerState.READY
             log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
             watching = loop.create_task(_watch_engine(model.engine, listener, metrics))
+            canary = loop.create_task(Canary(model, streams, tokenizing, metrics, config.canary_interval).run())
             await stopping
             watching.cancel()
+            canary.cancel()
             await _drain(model.engine, listener, streams, metrics, config.drain_seconds, stop_now)
     finally:
         lag.cancel()

@@ -132,6 +132,7 @@ class ServerConfig:
     max_queue_tokens: int = 262_144  # prompt tokens that wait
     slow_reader_seconds: float = 30.0  # how long a stream may wait for its reader
     drain_seconds: float = 30.0
+    canary_interval: float = 60.0  # seconds between two scores of a known answer, and 200 times what one took; 0: none
     cache_dir: Path = field(default_factory=default_cache_dir)
 
     def __post_init__(self) -> None:
@@ -167,6 +168,7 @@ _PARSERS: Mapping[str, Parse] = {
     "max_queue_tokens": _integer(1),
     "slow_reader_seconds": _seconds,
     "drain_seconds": _seconds,
+    "canary_interval": _seconds,
     "cache_dir": _path,
 }
 

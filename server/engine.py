@@ -21,10 +21,12 @@ from pagestream.server.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineFaultError,
+    GaveWayError,
     QueueTimeoutError,
     RequestError,
     SlowReaderError,
 )
+from pagestream.server.events import Delta
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import EngineSnapshot, Metrics
@@ -122,6 +124,8 @@ class Engine:
             for deadline in (job.deadline, job.queue_deadline):
                 if deadline is not None:
                     heapq.heappush(self._deadlines, (deadline, job.request.request_id))
+        if not all(job.internal for job in mail.arrivals):
+            self._give_way()
         for job, seen in mail.cancels:
             if not job.is_finished:  # it may have ended by itself meanwhile
                 self._end(job, FinishReason.CANCELLED)
@@ -129,6 +133,11 @@ class Engine:
         for job, tokens in mail.reads:
             self._backpressure.read(job, tokens)
         return mail.stop
+
+    def _give_way(self) -> None:
+        """Ends the server's own requests: a client's has arrived."""
+        for job in [job for job in self._jobs.values() if job.internal]:
+            self._end(job, FinishReason.CANCELLED, GaveWayError("a client's request has arrived"))
 
     def _seconds_to_wait(self) -> float | None:
         """Not at all while there is work; while all that live are paused, until one has run out of time."""
@@ -228,6 +237,10 @@ class Engine:
                 if progress is not None:
                     self._publication.append((job, progress))
                 continue
+            if request.given:
+                self._publication += [(job, Delta("", advance.sampled, job.index)), (job, job.finished())]
+                self._release(job, FinishReason.SCORED)
+                continue
             is_first = job.first_token is None
             delta = job.take_tokens(advance.sampled, now)
             self._publication.append((job, delta))
@@ -260,7 +273,8 @@ class Engine:
         self._backpressure.forget(job)
         del self._jobs[job.request.request_id]
         self.inbox.forget(job.request.request_id)
-        self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
+        if not job.internal:
+            self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
 
     def _report(self) -> None:
         """Tells clients, the queue and the metrics how things stand after a step."""

@@ -28,6 +28,7 @@ class Job:
     queue_deadline: float | None = None  # passes only while no step has worked on it
     progress_interval: float = 0.25
     index: int = 0  # of the answer
+    internal: bool = False  # the server's own: it gives way to clients', and the metrics do not take it for one
 
     others: Sequence[Job] = field(default=(), init=False, repr=False)  # answers to the same prompt; all fail together
     first_scheduled: float | None = field(default=None, init=False)
@@ -131,9 +132,14 @@ def with_others(first: Job, texts: Sequence[TextStream]) -> list[Job]:
             starts_after=request,
         )
         jobs.append(replace(first, request=other, text=text, queue_deadline=None, index=index))
+    end_together(jobs)
+    return jobs
+
+
+def end_together(jobs: Sequence[Job]) -> None:
+    """Makes one call of them: if one fails, all do."""
     for job in jobs:
         job.others = [other for other in jobs if other is not job]
-    return jobs
 
 
 Publication = list[tuple[Job, Event]]  # in order: everything one step has to say

@@ -118,6 +118,13 @@ FAMILIES = (
     _counter("prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache, once per request"),
     _counter("prefix_cache_hit_tokens_total", "Prompt tokens found there"),
     _counter("prefix_cache_evicted_blocks_total", "Cached KV blocks that were needed for something else"),
+    # Is it right? What was checked at the start, and what is checked now and then.
+    _gauge("selftest_ok", "1 if attention obeyed this law on this device at the start", test=()),
+    _gauge("selftest_max_error", "Worst error of that check, as a share of what is allowed", test=()),
+    _gauge("selftest_seconds", "Time that all of these checks took"),
+    _gauge("canary_logprob", "Log-probability per token of a known answer, at its last run", task=(), ctx=()),
+    _gauge("canary_baseline_logprob", "The same at its first run after the start", task=(), ctx=()),
+    _counter("canary_runs_total", "Known answers that were scored, or not", result=("ok", "failed", "skipped")),
     # The process.
     _counter("grpc_server_started_total", "RPCs begun", model=False, method=()),
     _counter("grpc_server_handled_total", "RPCs ended, by status code", model=False, method=(), code=()),

@@ -214,6 +214,16 @@ class Metrics:
             self._values["prompt_tokens_total"]["cached",] = hit_tokens
             self._values["prefix_cache_evicted_blocks_total"][()] = evicted_blocks
 
+    # ---- called by what checks the model
+
+    def set_gauge(self, name: str, value: float, *labels: str) -> None:
+        with self._lock:
+            self._values[name][labels] = value
+
+    def count(self, name: str, *labels: str) -> None:
+        with self._lock:
+            self._count(name, 1, *labels)
+
     # ---- called by the services
 
     def observe_first_delta(self, prompt_tokens: int, seconds: float) -> None:

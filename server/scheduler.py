@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
-from pagestream.server import request_blocks
+from pagestream.server import given, request_blocks
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
@@ -129,7 +129,7 @@ class Scheduler:
         reads at most `max_prompt_tokens` of prompts, but never none.
         """
         planned: dict[Request, Chunk] = {}
-        for request in [request for request in self._running if request.num_uncomputed == 1]:
+        for request in [request for request in self._running if request.num_uncomputed == 1 and not request.given]:
             self._plan_chunk(request, 1, planned)
         budget = self._token_budget - len(planned)
         if planned and max_prompt_tokens is not None:
@@ -249,8 +249,11 @@ class Scheduler:
         """
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
+        room = given.room_to_score(planned.values())
+        if request.given and not room:  # those before it have all of it, in this step
+            return
         request_blocks.take_cached(self._pool, request, length)
-        length = min(length, request.num_uncomputed)
+        length = min(length, given.most_tokens(request, room))
         missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)
         while missing > self._pool.num_available:
             if self._preempt_youngest() is request:
@@ -265,6 +268,7 @@ class Scheduler:
             block_ids=request.block_ids,
             sampling=request.sampling,
             copy_from=request.copy_from,
+            given=request.given[len(request.scores) :],
         )
 
     def _preempt_youngest(self) -> Request:
@@ -285,10 +289,13 @@ class Scheduler:
         request.num_computed = 0
 
     def _advance(self, request: Request, chunk: Chunk, sampled: tuple[SampledToken, ...]) -> Advance:
-        if chunk.samples != bool(sampled) or len(sampled) > 1 + len(chunk.proposed):
+        if bool(chunk.sampled_positions) != bool(sampled) or len(sampled) > len(chunk.sampled_positions):
             raise ValueError(f"the result for request {request.request_id} does not answer its chunk")
-        sampled = accept(request, chunk, sampled, self._pool.capacity)
-        end = request.num_tokens - 1 if sampled else chunk.end
+        if chunk.given:
+            sampled = given.collect(request, chunk, sampled)
+        else:
+            sampled = accept(request, chunk, sampled, self._pool.capacity)
+        end = request.num_tokens - 1 if chunk.proposed else chunk.end
         self.recomputed_tokens_total += max(0, min(end, request.num_computed_before) - chunk.start)
         if request.num_cached is None:
             request.num_cached = chunk.start

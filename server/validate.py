@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from pagestream.model.step import SamplingParams
 from pagestream.server.errors import InvalidFieldError
 from pagestream.server.request import Priority
 from pagestream.v1 import generation_pb2 as pb
+from pagestream.v1 import insight_pb2, stats_pb2
 
 MAX_ANSWERS = 16
 MAX_STOP_STRINGS = 16
@@ -25,6 +26,8 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_REQUEST_ID_BYTES = 128
+MAX_SPANS = 64
+MAX_SPAN_NAME = 64
 
 _PRIORITIES = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
@@ -35,6 +38,8 @@ _PRIORITIES = {
 
 Number = TypeVar("Number", int, float)
 GenerateMessage = pb.GenerateRequest | pb.GenerateStreamRequest
+ScoreMessage = insight_pb2.ScoreRequest | insight_pb2.AblateSpansRequest
+PromptMessage = GenerateMessage | ScoreMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +96,9 @@ def stop_rules(stop: pb.StopConfig, eos_token_ids: tuple[int, ...], vocab_size: 
     )
 
 
-def check_prompt(request: GenerateMessage, vocab_size: int) -> None:
+def check_prompt(request: PromptMessage, vocab_size: int) -> None:
     """Checks what can be checked without tokenising. Raises InvalidFieldError."""
-    if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
+    if isinstance(request, GenerateMessage) and len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         raise InvalidFieldError("request_id", f"must have at most {MAX_REQUEST_ID_BYTES} bytes")
     match request.WhichOneof("prompt"):
         case None:
@@ -130,11 +135,34 @@ def queue_timeout(request: GenerateMessage) -> float | None:
     return _seconds("queue_timeout", request.queue_timeout, 0.001) if request.HasField("queue_timeout") else None
 
 
-def priority(request: GenerateMessage) -> Priority:
+def priority(request: PromptMessage) -> Priority:
     """Raises InvalidFieldError."""
     if request.priority not in _PRIORITIES:
         raise InvalidFieldError("priority", f"{request.priority} is not one of pagestream.v1.Priority")
     return _PRIORITIES[request.priority]
+
+
+def check_answer(request: ScoreMessage, vocab_size: int) -> None:
+    """Raises InvalidFieldError."""
+    if not request.answer_token_ids:
+        raise InvalidFieldError("answer_token_ids", "must not be empty")
+    _check_tokens("answer_token_ids", request.answer_token_ids, vocab_size, len(request.answer_token_ids))
+
+
+def check_spans(spans: Sequence[stats_pb2.Span], num_prompt_tokens: int) -> None:
+    """Of a prompt with so many tokens. Raises InvalidFieldError."""
+    if not 1 <= len(spans) <= MAX_SPANS:
+        raise InvalidFieldError("spans", f"there must be 1 to {MAX_SPANS}")
+    names: set[str] = set()
+    for index, span in enumerate(spans):
+        if not 1 <= len(span.name) <= MAX_SPAN_NAME or span.name in names:
+            raise InvalidFieldError(f"spans[{index}].name", f"must be unique and have 1 to {MAX_SPAN_NAME} characters")
+        names.add(span.name)
+        if not span.begin_token < span.end_token <= num_prompt_tokens:
+            problem = f"must be above begin_token and at most the prompt's {num_prompt_tokens} tokens"
+            raise InvalidFieldError(f"spans[{index}].end_token", problem)
+        if span.end_token - span.begin_token == num_prompt_tokens:
+            raise InvalidFieldError(f"spans[{index}]", "must not be the whole prompt: the answer must follow something")
 
 
 def _seconds(name: str, duration: Duration, low: float) -> float:
