@@ -20,6 +20,7 @@ class StatsLevel(IntEnum):
     HEADS = 1  # means over heads
     PAGES = 2  # and pages, spans, agreement of heads
 
+
 MAX_SCORED_ROWS = 64  # of a step: bounds the memory of their logits
 
 

@@ -17,6 +17,7 @@ from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
+from pagestream.server.costs import Footprint
 from pagestream.server.engine import Engine
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Publication
@@ -66,7 +67,10 @@ def assemble(
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
     pace = Pace(target_gap=config.target_gap_ms / 1000)
     readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
-    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, readers, pace, publish, on_fault)
+    footprint = Footprint(loaded.plan.weights_bytes, loaded.plan.kv_bytes // loaded.plan.kv_capacity_tokens)
+    engine = Engine(
+        pool, scheduler, loaded.runner, metrics, limits, readers, pace, publish, on_fault, footprint=footprint
+    )
     engine.start()
     model = ServedModel(
         name=loaded.name,

@@ -12,6 +12,7 @@ from pagestream.model.step import SampledToken
 from pagestream.model.text_stream import TextStream
 from pagestream.server.errors import RequestError, Usage
 from pagestream.server.events import Delta, Event, Failed, Finished, Progress, Timings
+from pagestream.server.ledger import Account
 from pagestream.server.request import FinishReason, Request
 
 _ENDING_TOKEN = (FinishReason.END_OF_SEQUENCE, FinishReason.STOP_TOKEN)
@@ -36,6 +37,8 @@ class Job:
     last_token: float | None = field(default=None, init=False)
     gaps: list[float] = field(default_factory=list, init=False)
     matched_stop: str | None = field(default=None, init=False)
+    predicted_first_token: float | None = field(default=None, init=False)  # seconds from receipt, when it came in
+    ledger: Account = field(default_factory=Account, init=False)
     unread: int = field(default=0, init=False)  # tokens that gRPC has not taken yet
     _next_progress: float = field(default=0.0, init=False)
 
@@ -117,6 +120,7 @@ class Job:
             decode=_between(self.first_token, self.last_token),
             time_to_first_token=_between(self.received, self.first_token),
             gaps=tuple(self.gaps),
+            predicted_time_to_first_token=self.predicted_first_token,
         )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pagestream.server.cost_model import Phase, Term
+from pagestream.server.objectives import Objective
 from pagestream.server.request import FinishReason
 
 PREFIX = "pagestream_"
@@ -16,6 +19,10 @@ CTX = (*map(str, CONTEXT_EDGES), "inf")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
 GAP_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 TOKENS = tuple(float(2**k) for k in range(18))
+
+RATIOS = (0.5, 0.75, 0.9, 1.1, 1.33, 2.0, 4.0)
+CHUNK_TOKENS = tuple(float(2**k) for k in range(3, 13))
+OVERHEAD_SECONDS = tuple(50e-6 * 2**k for k in range(12))
 
 Kind = Literal["histogram", "counter", "gauge"]
 Outcome = Literal["ok", "cancelled", "deadline", "rejected", "error"]
@@ -36,6 +43,9 @@ REJECTION_REASONS = (  # those of errors.py, in lower case
     "duplicate_request_id",
     "engine_fault",
 )
+
+PHASES = get_args(Phase)
+OBJECTIVES = get_args(Objective)
 
 LabelValues = tuple[str, ...]  # of one series, in the order of Family.labels
 
@@ -76,6 +86,7 @@ def _gauge(name: str, meaning: str, *, model: bool = True, **labels: LabelValues
 
 
 _FINISHED = tuple(reason.value for reason in FinishReason)
+_BOOLS = ("true", "false")
 _DECODE_MIX = ("pure", "with_prefill")
 
 FAMILIES = (
@@ -125,6 +136,34 @@ FAMILIES = (
     _gauge("canary_logprob", "Log-probability per token of a known answer, at its last run", task=(), ctx=()),
     _gauge("canary_baseline_logprob", "The same at its first run after the start", task=(), ctx=()),
     _counter("canary_runs_total", "Known answers that were scored, or not", result=("ok", "failed", "skipped")),
+    # What prompts cost, by the model that is fitted to the steps, and who waits for whom.
+    _counter("attention_kernel_seconds_total", "Time in attention; ctx of the step's longest", phase=PHASES, ctx=CTX),
+    _counter("attention_kv_bytes_total", "Keys and values it had to read in that time", phase=PHASES, ctx=CTX),
+    _histogram("host_overhead_seconds", "Step time beside attention and products with weights", OVERHEAD_SECONDS),
+    _histogram("prefill_chunk_tokens", "Tokens that a step read of one prompt", CHUNK_TOKENS),
+    _gauge("cost_fit_seconds", "Cost per step (a), row, token (b), token squared (c)", term=get_args(Term)),
+    _gauge("cost_fit_lower95_seconds", "Lower end of its 95 % interval", term=get_args(Term)),
+    _gauge("cost_fit_upper95_seconds", "Upper end of its 95 % interval", term=get_args(Term)),
+    _gauge("cost_fit_samples", "Steps that the fit has seen", phase=PHASES),
+    _gauge("cost_fit_max_tokens", "Longest context among them: beyond, it extrapolates", phase=PHASES),
+    _gauge("cost_fit_crossover_tokens", "Prompt length b / c; there only if the interval of c excludes 0"),
+    _histogram("cost_residual_ratio", "Time of a step over its forecast", RATIOS, phase=PHASES),
+    _histogram("ttft_residual_ratio", "Time to first token over its forecast at receipt", RATIOS),
+    _gauge("predicted_ttft_seconds", "Forecast for 32 tokens of prompt that arrive now"),
+    _gauge(
+        "achieved_bandwidth_bytes_per_second", "Bytes a decode needs over their fitted cost", what=("weights", "kv")
+    ),
+    _counter(
+        "stall_seconds_total", "Gaps above the forecast of decodes alone", cause=("prefill", "preemption", "other")
+    ),
+    _counter("stall_caused_seconds_total", "Those by prefill, by the prompt that caused them", ctx=CTX),
+    _counter(
+        "slo_requests_total",
+        "Ended requests by objective; ctx of the prompt",
+        ctx=CTX,
+        objective=OBJECTIVES,
+        met=_BOOLS,
+    ),
     # The process.
     _counter("grpc_server_started_total", "RPCs begun", model=False, method=()),
     _counter("grpc_server_handled_total", "RPCs ended, by status code", model=False, method=(), code=()),
@@ -138,6 +177,11 @@ FAMILIES = (
     _gauge("model_info", "1; what model is served", architecture=(), dtype=(), device=(), max_context=()),
     _gauge("kv_config_info", "1; the shape of the KV pool", block_size=(), num_blocks=(), dtype=()),
 )
+
+
+def ctx_of(tokens: int) -> str:
+    """The value of the label `ctx` for so many tokens."""
+    return CTX[bisect_left(CONTEXT_EDGES, tokens)]
 
 
 def metrics_table() -> list[tuple[str, str, str, str]]:

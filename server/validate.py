@@ -39,7 +39,7 @@ _PRIORITIES = {
 Number = TypeVar("Number", int, float)
 GenerateMessage = pb.GenerateRequest | pb.GenerateStreamRequest
 ScoreMessage = insight_pb2.ScoreRequest | insight_pb2.AblateSpansRequest
-PromptMessage = GenerateMessage | ScoreMessage
+PromptMessage = GenerateMessage | ScoreMessage | insight_pb2.EstimateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def queue_timeout(request: GenerateMessage) -> float | None:
     return _seconds("queue_timeout", request.queue_timeout, 0.001) if request.HasField("queue_timeout") else None
 
 
-def priority(request: PromptMessage) -> Priority:
+def priority(request: GenerateMessage | ScoreMessage) -> Priority:
     """Raises InvalidFieldError."""
     if request.priority not in _PRIORITIES:
         raise InvalidFieldError("priority", f"{request.priority} is not one of pagestream.v1.Priority")
