@@ -136,6 +136,7 @@ class ServerConfig:
     slo_ttft_ms: float = 2000.0  # objectives that ended requests are counted against
     slo_itl_ms: float = 100.0
     slo_e2e_s: float = 60.0
+    attention_every: int = 64  # steps that decode, of which one is observed; 0: none
     cache_dir: Path = field(default_factory=default_cache_dir)
 
     def __post_init__(self) -> None:
@@ -175,6 +176,7 @@ _PARSERS: Mapping[str, Parse] = {
     "slo_ttft_ms": _milliseconds,
     "slo_itl_ms": _milliseconds,
     "slo_e2e_s": _seconds,
+    "attention_every": _integer(0),
     "cache_dir": _path,
 }
 

@@ -33,6 +33,7 @@ from pagestream.server.forecast import Estimate
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import EngineSnapshot, Metrics
+from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.request import FinishReason
 from pagestream.server.scheduler import Advance, Scheduler
@@ -64,6 +65,7 @@ class Engine:
         limits: QueueLimits,
         readers: ReaderLimits,
         pace: Pace,
+        observer: Observer,
         publish: Callable[[Publication], None],
         on_fault: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -74,6 +76,7 @@ class Engine:
         self._runner = runner
         self._metrics = metrics
         self._costs = Costs(pace, pool, scheduler, metrics, footprint, clock)
+        self._observer = observer
         self._publish = publish
         self._on_fault = on_fault
         self.clock = clock
@@ -195,10 +198,11 @@ class Engine:
                 job.first_scheduled = started
         if not plan.chunks:
             return
-        result = self._execute(plan)
+        result = self._execute(self._observer.ask(plan, self._jobs))
         now = self.clock()
         advances = self._scheduler.commit(plan, result)
         self._costs.committed(plan, result, advances, self._jobs, started, now)
+        self._observer.take(plan, result, advances, self._jobs)
         self._advance(advances, now)
         num_accepted = sum(max(len(advance.sampled) - 1, 0) for advance in advances)
         self._metrics.observe_step(plan, now - started, num_accepted)
@@ -226,8 +230,10 @@ class Engine:
             return ()
         try:
             return self._runner.step(StepPlan((chunk.without_proposals(),))).sampled[0]
-        except Exception:
+        except Exception as cause:
             log.exception("request %s failed", chunk.request_id)
+            if isinstance(cause, NonFiniteLogitsError):
+                self._observer.non_finite(chunk.request_id)
             error = EngineFaultError(f"request {chunk.request_id} failed inside the engine")
             self._end(self._jobs[chunk.request_id], FinishReason.ERROR, error)
             return ()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pagestream.model.step import SampledToken
 from pagestream.server.errors import RequestError
 from pagestream.server.request import FinishReason
+from pagestream.server.stats import RequestStats, TokenStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Delta:
     text: str
     tokens: tuple[SampledToken, ...]
     index: int = 0  # of the answer
+    stats: tuple[TokenStats, ...] = ()  # one for each token, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Finished:
     matched_stop: str | None = None
     matched_stop_token_id: int | None = None
     index: int = 0  # of the answer
+    stats: RequestStats | None = None  # if asked for
 
 
 @dataclass(frozen=True, slots=True)

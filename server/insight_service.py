@@ -27,6 +27,7 @@ CAVEAT = (
     "Effects of spans do not add up: two that say the same each seem to matter little."
 )
 
+Ablation = insight_pb2.AblateSpansRequest
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -94,16 +95,16 @@ class InsightService(InsightServiceServicer):
         try:
             model = self._slot.get(request.model)
             remaining = context.time_remaining()
-            spans = request.spans if isinstance(request, insight_pb2.AblateSpansRequest) else ()
+            spans = validate.spans("spans", request.spans) if isinstance(request, Ablation) else ()
             with model.engine.inbox.entering(max(1, len(request.answer_token_ids)), 1 + len(spans)):
                 validate.check_prompt(request, model.vocab_size)
                 validate.check_answer(request, model.vocab_size)
                 priority = validate.priority(request)
                 prompt = await read_prompt(request, model, self._tokenizing, self._metrics)
-                if isinstance(request, insight_pb2.AblateSpansRequest):
-                    validate.check_spans(spans, len(prompt))
+                if isinstance(request, Ablation):
+                    validate.check_ablated(spans, len(prompt))
                 jobs = scoring.scoring_jobs(
-                    [prompt, *(prompt[: span.begin_token] + prompt[span.end_token :] for span in spans)],
+                    [prompt, *(prompt[: span.begin] + prompt[span.end :] for span in spans)],
                     request.answer_token_ids,
                     model,
                     tenant=tenant_of(context),

@@ -17,8 +17,15 @@ PREFIX = "pagestream_"
 CONTEXT_EDGES = tuple(2**k for k in range(8, 17))  # tokens; upper edges, inclusive
 CTX = (*map(str, CONTEXT_EDGES), "inf")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
+STAGE_SECONDS = (0.0025, 0.01, 0.04, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)  # fewer: by ctx
+RELEASE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.32, 2.56)
 GAP_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+MEAN_GAP_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 TOKENS = tuple(float(2**k) for k in range(18))
+NATS = tuple(2.0**k for k in range(-4, 4))
+ATTENTION_CTX = (*CTX[:6], "inf")  # of families that are by layer group too
+LAYER_GROUPS = ("early", "middle", "late")
+BANDS = tuple(map(str, range(16)))
 
 RATIOS = (0.5, 0.75, 0.9, 1.1, 1.33, 2.0, 4.0)
 CHUNK_TOKENS = tuple(float(2**k) for k in range(3, 13))
@@ -28,6 +35,7 @@ Kind = Literal["histogram", "counter", "gauge"]
 Outcome = Literal["ok", "cancelled", "deadline", "rejected", "error"]
 StepMix = Literal["decode", "prefill", "mixed"]
 CancelledBy = Literal["client", "deadline", "slow_reader", "shutdown"]
+IntegrityKind = Literal["nan", "entropy_range", "sink_lost", "entropy_jump"]
 REJECTION_REASONS = (  # those of errors.py, in lower case
     "invalid_field",
     "prompt_exceeds_model_context",
@@ -70,6 +78,11 @@ class Family:
         """The series known in advance; none if a label's values are not."""
         return list(itertools.product(*self.labels.values()))
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a series appears with its first sample: most of those by context or layer group never have one."""
+        return "layers" in self.labels or (self.kind == "counter" and "ctx" in self.labels)
+
 
 def _histogram(
     name: str, meaning: str, edges: tuple[float, ...], *, model: bool = True, **labels: LabelValues
@@ -85,6 +98,10 @@ def _gauge(name: str, meaning: str, *, model: bool = True, **labels: LabelValues
     return Family("gauge", name, meaning, labels, (), model)
 
 
+def _rows(name: str, meaning: str) -> Family:
+    return _counter(name, meaning, ctx=ATTENTION_CTX, layers=LAYER_GROUPS)
+
+
 _FINISHED = tuple(reason.value for reason in FinishReason)
 _BOOLS = ("true", "false")
 _DECODE_MIX = ("pure", "with_prefill")
@@ -92,17 +109,19 @@ _DECODE_MIX = ("pure", "with_prefill")
 FAMILIES = (
     # Requests: each time runs between two of the moments received, first scheduled, first token, last token, end.
     _histogram("time_to_first_token_seconds", "Request received to first delta handed to gRPC", SECONDS, ctx=CTX),
-    _histogram("queue_time_seconds", "Request received to first scheduled", SECONDS, ctx=CTX),
-    _histogram("prefill_time_seconds", "First scheduled to first token", SECONDS, ctx=CTX),
+    _histogram("queue_time_seconds", "Request received to first scheduled", STAGE_SECONDS, ctx=CTX),
+    _histogram("prefill_time_seconds", "First scheduled to first token", STAGE_SECONDS, ctx=CTX),
     _histogram("inter_token_latency_seconds", "Gap between tokens; ctx at the later token", GAP_SECONDS, ctx=CTX),
-    _histogram("time_per_output_token_seconds", "Mean gap of an ended request; ctx at its end", GAP_SECONDS, ctx=CTX),
+    _histogram(
+        "time_per_output_token_seconds", "Mean gap of an ended request; ctx at its end", MEAN_GAP_SECONDS, ctx=CTX
+    ),
     _histogram("request_duration_seconds", "Request received to its end", SECONDS, outcome=get_args(Outcome)),
     _histogram("request_prompt_tokens", "Prompt tokens of an ended request", TOKENS),
     _histogram("request_output_tokens", "Tokens generated for an ended request", TOKENS),
     _histogram("request_context_tokens", "Prompt and output tokens of an ended request", TOKENS),
     _counter("requests_finished_total", "Admitted requests that ended", reason=_FINISHED),
     _counter("requests_rejected_total", "Requests refused before admission", reason=REJECTION_REASONS),
-    _histogram("cancel_release_seconds", "Cancel seen to KV blocks free", SECONDS, by=get_args(CancelledBy)),
+    _histogram("cancel_release_seconds", "Cancel seen to KV blocks free", RELEASE_SECONDS, by=get_args(CancelledBy)),
     # Load, as of the last step.
     _gauge("running_requests", "Requests in the batch, by their context now", ctx=CTX),
     _gauge("waiting_requests", "Requests in the queue, by their context now", ctx=CTX),
@@ -163,6 +182,31 @@ FAMILIES = (
         ctx=CTX,
         objective=OBJECTIVES,
         met=_BOOLS,
+    ),
+    # Attention, of the decoded rows that the server samples (`--attention-every`); a row adds its mean over heads.
+    _rows("attention_rows_total", "Rows observed"),
+    _rows("attention_entropy_nats_total", "Entropy"),
+    _rows("attention_log_context_total", "Logarithm of the context"),
+    _rows("attention_sink_mass_total", "Mass on the first 4 tokens"),
+    _rows("attention_recent_mass_total", "Mass on the last 64 tokens"),
+    _rows("attention_p_max_total", "Largest weight"),
+    _rows("attention_rest_rows_total", "Share of heads that leave the first token over 0.001 to others"),
+    _rows("attention_entropy_rest_nats_total", "Entropy without the first token, over those heads"),
+    _counter(
+        "attention_band_mass_total", "Mass at distance 2^band - 1 to 2^(band+1) - 2", band=BANDS, layers=LAYER_GROUPS
+    ),
+    _counter("attention_sampled_rows_total", "Rows whose pages were observed, one in 16", ctx=ATTENTION_CTX),
+    _counter("attention_pages95_total", "Pages that hold 95 % of the mass", ctx=ATTENTION_CTX),
+    _counter("attention_head_jsd_nats_total", "Divergence between heads over pages", ctx=ATTENTION_CTX),
+    _counter("attention_head_jsd_null_nats_total", "The same with pages of each head shifted", ctx=ATTENTION_CTX),
+    _gauge(
+        "attention_dilution_exponent", "Slope of entropy on log context; no measure of quality", layers=LAYER_GROUPS
+    ),
+    _gauge("attention_dilution_samples", "Rows it is of, older ones counting less", layers=LAYER_GROUPS),
+    _histogram("output_entropy_nats", "Entropy of the raw logits of tokens that the server samples", NATS),
+    _histogram("output_surprisal_nats", "Minus log-probability of those tokens under the raw logits", NATS),
+    _counter(
+        "integrity_events_total", "Rows whose attention cannot be or is unlike all before", kind=get_args(IntegrityKind)
     ),
     # The process.
     _counter("grpc_server_started_total", "RPCs begun", model=False, method=()),

@@ -129,7 +129,9 @@ class Metrics:
         self._lock = threading.Lock()
         self._histograms = {family.name: Histogram(family) for family in FAMILIES if family.kind == "histogram"}
         self._values = {
-            family.name: dict.fromkeys(family.series, 0.0) for family in FAMILIES if family.kind != "histogram"
+            family.name: dict.fromkeys(() if family.is_sparse else family.series, 0.0)
+            for family in FAMILIES
+            if family.kind != "histogram"
         }
         self._values["build_info"] = {(_version(),): 1}
 
@@ -211,7 +213,7 @@ class Metrics:
         counts: Iterable[tuple[str, float, LabelValues]] = (),
         samples: Iterable[tuple[str, float, LabelValues]] = (),
     ) -> None:
-        """Family, amount and labels: what is added to counters, and what histograms are to hold."""
+        """Family, amount and labels: what is added to counters, and what histograms are to hold; at one moment."""
         with self._lock:
             for name, amount, labels in counts:
                 self._count(name, amount, *labels)
@@ -243,16 +245,6 @@ class Metrics:
             self._values["prefix_cache_hit_tokens_total"][()] = hit_tokens
             self._values["prompt_tokens_total"]["cached",] = hit_tokens
             self._values["prefix_cache_evicted_blocks_total"][()] = evicted_blocks
-
-    # ---- called by what checks the model
-
-    def set_gauge(self, name: str, value: float, *labels: str) -> None:
-        with self._lock:
-            self._values[name][labels] = value
-
-    def count(self, name: str, *labels: str) -> None:
-        with self._lock:
-            self._count(name, 1, *labels)
 
     # ---- called by the services
 

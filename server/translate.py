@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from google.protobuf import duration_pb2
 
 from pagestream.model.step import SampledToken, SamplingParams
@@ -9,8 +11,9 @@ from pagestream.server import events
 from pagestream.server.forecast import Estimate
 from pagestream.server.job import Job
 from pagestream.server.request import FinishReason
+from pagestream.server.stats import RequestStats, TokenStats
 from pagestream.v1 import generation_pb2 as pb
-from pagestream.v1 import insight_pb2
+from pagestream.v1 import insight_pb2, stats_pb2
 
 _REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
@@ -55,7 +58,18 @@ def delta(event: events.Delta, output: pb.OutputConfig) -> pb.Delta:
         token_ids=[token.token_id for token in event.tokens] if output.token_ids else (),
         logprobs=[_logprob(token, token.logprob) for token in event.tokens if token.logprob is not None],
         index=event.index,
+        stats=map(_token_stats, event.stats),
     )
+
+
+def _token_stats(stats: TokenStats) -> stats_pb2.TokenStats:
+    gaps = {name: _duration(getattr(stats, name)) for name in ("gap", "predicted_gap", "stall")}
+    return stats_pb2.TokenStats(**asdict(stats) | gaps)
+
+
+def _request_stats(stats: RequestStats) -> stats_pb2.RequestStats:
+    stalls = {name: _duration(getattr(stats, name)) for name in ("stall_suffered", "stall_caused")}
+    return stats_pb2.RequestStats(**asdict(stats) | stalls)
 
 
 def _logprob(token: SampledToken, logprob: float) -> pb.TokenLogprob:
@@ -76,6 +90,7 @@ def finished(event: events.Finished) -> pb.Finished:
         ),
         timings=_timings(event.timings),
         index=event.index,
+        stats=None if event.stats is None else _request_stats(event.stats),
     )
 
 

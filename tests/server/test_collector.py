@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server import errors
+from pagestream.server.attention_metrics import AttentionMetrics
 from pagestream.server.collector import make_registry
 from pagestream.server.cost_model import TERMS
 from pagestream.server.events import Timings
@@ -26,6 +27,7 @@ from pagestream.server.metric_families import CTX, FAMILIES, OBJECTIVES, PHASES,
 from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
 from pagestream.server.request import FinishReason, Request
 from pagestream.v1 import generation_pb2, insight_pb2, model_pb2, tokenizer_pb2
+from tests.support.summaries import make_row, output_of
 
 MakeMetrics = Callable[..., Metrics]
 
@@ -71,6 +73,12 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
             metrics.book([("slo_requests_total", 1, (ctx, objective, met)) for met in ("true", "false")])
     for name in ("cost_fit_seconds", "cost_fit_lower95_seconds", "cost_fit_upper95_seconds"):
         metrics.set_gauges({name: dict.fromkeys([(term,) for term in TERMS], 0.001)})
+    rows = [make_row(context, entropy=context**0.1) for context in ONE_OF_EACH_CTX for _ in range(20)]
+    AttentionMetrics(metrics).record(rows, [output_of(5)], with_pages=True)
+    probes = [(task, length) for task in ("copy", "key_value") for length in ("256", "1024", "4096", "8192")]
+    metrics.set_gauges({f"canary_{which}": dict.fromkeys(probes, -0.5) for which in ("logprob", "baseline_logprob")})
+    laws = [(law,) for law in ("T1", "T7", "T13", "T19")]
+    metrics.set_gauges({f"selftest_{what}": dict.fromkeys(laws, 1.0) for what in ("ok", "max_error")})
     metrics.observe_loop_lag(0.001)
     metrics.observe_tokenize(0.001)
     for method in rpc_names():
