@@ -81,7 +81,7 @@ def _shifted_sum(blocks: Array, random: np.random.Generator) -> Array:
     the same for the same shape."""
     total = np.zeros_like(blocks[:, 0])
     width = blocks.shape[-1]
-    shifts: list[int] = random.integers(width, size=blocks.shape[1]).tolist()  # type: ignore[assignment]  # the stubs' overload
+    shifts: list[int] = random.integers(width, size=(blocks.shape[1],)).tolist()
     for member, shift in enumerate(shifts):
         total[:, shift:] += blocks[:, member, : width - shift]
         total[:, :shift] += blocks[:, member, width - shift :]
