@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import pytest
@@ -17,14 +19,16 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagestream.kernels import selftest
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server import errors
 from pagestream.server.collector import make_registry
 from pagestream.server.events import Timings
 from pagestream.server.metric_families import FAMILIES, REJECTION_REASONS
 from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+from pagestream.server.probes import LENGTHS, Task
 from pagestream.server.request import FinishReason, Request
-from pagestream.v1 import generation_pb2, model_pb2, tokenizer_pb2
+from pagestream.v1 import generation_pb2, insight_pb2, model_pb2, tokenizer_pb2
 
 MakeMetrics = Callable[..., Metrics]
 
@@ -68,6 +72,11 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
         for code in grpc.StatusCode:
             metrics.call_started(method)
             metrics.call_handled(method, code.name)
+    for test in selftest.TESTS:
+        metrics.set_gauge("selftest_ok", 1, test)
+        metrics.set_gauge("selftest_max_error", 0.5, test)
+    for name, task, length in product(("canary_logprob", "canary_baseline_logprob"), get_args(Task), LENGTHS):
+        metrics.set_gauge(name, -1, task, str(length))
     metrics.state = ServerState.READY
     metrics.snapshot = EngineSnapshot(running_contexts=ONE_OF_EACH_CTX, waiting_contexts=ONE_OF_EACH_CTX)
     return metrics
@@ -76,7 +85,7 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
 def rpc_names() -> list[str]:
     services = [
         service
-        for module in (generation_pb2, model_pb2, tokenizer_pb2)
+        for module in (generation_pb2, insight_pb2, model_pb2, tokenizer_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
     ]
     ours = [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]
