@@ -46,7 +46,7 @@ def score(loaded: LoadedModel, probes: list[Probe]) -> list[float]:
 @pytest.mark.slow
 def test_a_wrong_rotary_scale_trips_canaries_and_a_second_run_does_not(default_model_path: Path) -> None:
     sound = load(default_model_path, 1)
-    probes = make_probes(open_checkpoint(default_model_path).load_tokenizer(), sound.config.vocab_size, 1024)
+    probes = make_probes(open_checkpoint(default_model_path).load_tokenizer(), sound.config.vocab_size, 256)
     baseline = score(sound, probes)
     print([f"{probe.task} {probe.length}: {value:.3f}" for probe, value in zip(probes, baseline, strict=True)])  # noqa: T201
     assert score(sound, list(reversed(probes))) == list(reversed(baseline)), "to the last bit, in another order"
