@@ -31,6 +31,7 @@ from pagestream.server.metric_families import (
     StepMix,
     markdown_table,
 )
+from pagestream.server.recent import RecentRequests
 from pagestream.server.request import FinishReason, Request
 
 _FAILURES: dict[FinishReason, Outcome] = {  # every other reason is an answer
@@ -116,7 +117,8 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.state = ServerState.LOADING
         self.snapshot = EngineSnapshot()
-        self._clock = clock
+        self.clock = clock
+        self.recent = RecentRequests()
         self._model: str | None = None
         self._decode_contexts: Sequence[int] = ()
         self._lock = threading.Lock()
@@ -183,6 +185,7 @@ class Metrics:
 
     def observe_finished(self, reason: FinishReason, request: Request, timings: Timings, seconds: float) -> None:
         """An admitted request ended, `seconds` after it was received."""
+        self.recent.add(self.clock(), reason, request, timings, seconds)
         with self._lock:
             self._count("requests_finished_total", 1, reason.value)
             self._observe("request_duration_seconds", seconds, _FAILURES.get(reason, "ok"))
@@ -260,7 +263,7 @@ class Metrics:
             values = {name: dict(series) for name, series in self._values.items()}
             snapshot = self.snapshot
             decoding = self._decode_contexts if snapshot.running_contexts else ()  # the last step was the last one
-        values |= snapshot.gauges(self._clock())
+        values |= snapshot.gauges(self.clock())
         values["batch_context_tokens"] = {(): sum(decoding)}
         values["batch_context_tokens_max"] = {(): max(decoding, default=0)}
         values["ready"] = {(): self.state is ServerState.READY}

@@ -1,0 +1,54 @@
+"""The last requests that ended, for the live page: lengths and times, never a text, an id or a tenant."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from pagestream.server.events import Timings
+from pagestream.server.request import FinishReason, Request
+
+MAX_RECENT = 30
+
+
+@dataclass(frozen=True, slots=True)
+class RecentRequest:
+    """Times are seconds; None where the moment was never reached."""
+
+    ended: float  # on the clock of Metrics
+    reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    queue: float | None
+    prefill: float | None
+    mean_gap: float | None
+    duration: float
+
+
+class RecentRequests:
+    """A ring of the last MAX_RECENT. Appending and copying are atomic, so threads need no lock."""
+
+    def __init__(self) -> None:
+        self._ring: deque[RecentRequest] = deque(maxlen=MAX_RECENT)
+
+    def add(self, ended: float, reason: FinishReason, request: Request, timings: Timings, duration: float) -> None:
+        gaps = timings.gaps
+        self._ring.append(
+            RecentRequest(
+                ended=ended,
+                reason=reason.value,
+                prompt_tokens=request.num_prompt_tokens,
+                cached_tokens=request.num_cached or 0,
+                output_tokens=request.num_output_tokens,
+                preemptions=request.num_preemptions,
+                queue=timings.queue,
+                prefill=timings.prefill,
+                mean_gap=sum(gaps) / len(gaps) if gaps else None,
+                duration=duration,
+            )
+        )
+
+    def newest_first(self) -> list[RecentRequest]:
+        return list(self._ring)[::-1]
