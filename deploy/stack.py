@@ -126,10 +126,11 @@ def wait_until_ready(url: str, process: subprocess.Popen[Any]) -> None:
 def load(address: str, ended: threading.Event) -> None:
     """Two clients, each one request after the other, of all lengths that the model takes."""
     with Client(address) as client:
-        longest = client.model().max_context_tokens - 100
+        model = client.model()
+        longest = model.max_context_tokens - 100
         draw = random.Random()  # noqa: S311 - no secret
         while not ended.wait(0.2):
-            ids = [draw.randrange(300) for _ in range(min(draw.choice(LENGTHS), longest))]
+            ids = [draw.randrange(model.vocab_size) for _ in range(min(draw.choice(LENGTHS), longest))]
             request = GenerateStreamRequest(
                 token_ids=TokenIds(ids=ids), stop=StopConfig(max_tokens=40, ignore_eos=True)
             )
