@@ -120,11 +120,11 @@ DASHBOARD = dashboard(
                 ),
                 Panel(
                     "Range of the fit",
-                    "Longest context that the fit has seen, and where its quadratic term would pass the linear one. "
-                    "A crossover beyond the range is an extrapolation.",
+                    "Longest context that the fit has seen, and where its quadratic term would pass the linear one: 0 "
+                    "while no quadratic term has been shown. A crossover beyond the range is an extrapolation.",
                     {
                         "longest seen, {{phase}}": f"pagestream_cost_fit_max_tokens{M}",
-                        "crossover": f"pagestream_cost_fit_crossover_tokens{M}",
+                        "crossover": f"max(pagestream_cost_fit_crossover_tokens{M}) or vector(0)",
                         "samples, {{phase}}": f"pagestream_cost_fit_samples{M}",
                     },
                     unit="none",

@@ -67,3 +67,21 @@ def test_alerts_say_what_happened_and_what_to_do_and_none_looks_at_entropy() -> 
         assert set(rule["annotations"]) == {"summary", "description"}, rule["alert"]
         assert rule["labels"]["severity"] in {"page", "warning"}
         assert not re.search("entropy|jsd|coherence|dilution|p_max|_mass", rule["expr"]), rule["alert"]
+
+
+def test_the_compose_file_mounts_what_is_there_and_names_what_is_scraped() -> None:
+    compose = yaml.safe_load((FOLDER.parent / "compose.yaml").read_text())
+    services = compose["services"]
+    mounts = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])]
+    for source in mounts:
+        assert source in compose["volumes"] or (FOLDER.parent / source).exists(), source
+    for targets in (load("targets/pagestream.yml"), load("targets/alertmanager.yml")):
+        (target,) = targets[0]["targets"]
+        name, port = target.split(":")
+        assert any(published.endswith(f":{port}") for published in services[name]["ports"]), target
+    assert all(published.startswith("127.0.0.1:") for service in services.values() for published in service["ports"])
+    (source,) = yaml.safe_load((FOLDER.parent / "grafana/provisioning/datasources/prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == "http://prometheus:9090"
+    assert source["jsonData"]["timeInterval"] == load("prometheus.yml")["global"]["scrape_interval"]
