@@ -64,7 +64,7 @@ def dashboard(uid: str, title: str, rows: Iterable[Row]) -> Json:
         "editable": True,
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
-        "links": [{"type": "dashboards", "tags": ["pagestream"], "title": "pagestream", "keepTime": True}],
+        "links": [_siblings()],
         "templating": {"list": [_datasource(), _variable("model"), _variable("instance")]},
         "panels": panels,
     }
@@ -72,6 +72,12 @@ def dashboard(uid: str, title: str, rows: Iterable[Row]) -> Json:
 
 def _at(x: int, y: int, width: int, height: int) -> Json:
     return {"x": x, "y": y, "w": width, "h": height}
+
+
+def _siblings() -> Json:
+    """A menu of the other dashboards, at the same time and with the same variables."""
+    switches = {"asDropdown": True, "keepTime": True, "includeVars": True, "targetBlank": False}
+    return {"type": "dashboards", "tags": ["pagestream"], "title": "pagestream", "icon": "", "tooltip": "", **switches}
 
 
 def _datasource() -> Json:

@@ -83,7 +83,7 @@ function waitsPanel(body) {
           labelOf(ctx),
           `${running} + ${waiting}`,
           barCell([{ value: running, colour: "c1" }, { value: waiting, colour: "c2" }], most),
-          secondsText(caused),
+          now.has("stall_caused_seconds_total") ? secondsText(caused) : "–",
           barCell([{ value: caused, colour: "c5" }], worst),
         ]),
       ),
