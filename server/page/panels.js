@@ -142,7 +142,7 @@ function effectiveContextPanel(body) {
     note.textContent = slopes.some(Number.isFinite)
       ? `Dilution exponent (0: focus independent of length, 1: uniform): ` +
         LAYERS.map((layers, i) => `${layers} ${numberText(slopes[i], 2)} of ${numberText(samples[i])} rows`).join(", ")
-      : "No dilution exponent yet: it needs contexts of different lengths.";
+      : "No dilution exponent yet: it takes some hundred rows of different lengths.";
     return true;
   };
 }
@@ -242,16 +242,16 @@ function selftestPanel(body) {
 
 function recentPanel(body) {
   return ({ now }) => {
-    const heads = ["ended", "prompt", "cached", "output", "queued", "prefill", "mean gap", "in all", "preempted", "why"];
+    const heads = ["ended", "prompt", "output", "queued", "prefill", "mean gap", "in all", "cached", "preempted", "why"];
     const rows = now.recent.map((request) => [
       `${Math.round(request.ended)} s ago`,
       numberText(request.prompt_tokens),
-      numberText(request.cached_tokens),
       numberText(request.output_tokens),
       secondsText(request.queue),
       secondsText(request.prefill),
       secondsText(request.mean_gap),
       secondsText(request.duration),
+      numberText(request.cached_tokens),
       String(request.preemptions),
       request.reason.replaceAll("_", " "),
     ]);
