@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from pagestream.server.client import CallError, Client
@@ -149,8 +149,9 @@ def show(alert: dict[str, Any]) -> None:
     say(f"ALERT {alert['status']}: {alert['annotations']['summary']}")
 
 
-def run(model: str, ports: Ports, ended: threading.Event) -> None:
-    """Starts everything, says where it is, and stops it all when `ended` is set or the server has gone."""
+def run(model: str, ports: Ports) -> NoReturn:
+    """Starts everything, says where it is, and waits; stops it all on its way out. StackError if something ends."""
+    ended = threading.Event()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagestream-stack-")))
         write_config(folder, ports)
@@ -187,9 +188,7 @@ def run(model: str, ports: Ports, ended: threading.Event) -> None:
             stack.callback(client.join)
         stack.callback(ended.set)
         say("A small load runs: prompts of 50 to 3,500 tokens. Ctrl-C stops everything.")
-        while not ended.wait(0.2):
-            if server.poll() is not None:
-                raise StackError(f"the server ended with exit code {server.returncode}")
+        raise StackError(f"the server ended with exit code {server.wait()}")
 
 
 def main() -> int:
@@ -198,15 +197,14 @@ def main() -> int:
     for name, port in vars(Ports()).items():
         parser.add_argument(f"--{name}-port", dest=name, type=int, default=port, metavar=str(port))
     options = vars(parser.parse_args())
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(options.pop("model"), Ports(**options), ended)
+        run(options.pop("model"), Ports(**options))
     except StackError as error:
         say(f"make stack: {error}")
         return 1
-    return 0
+    except KeyboardInterrupt:
+        return 0
 
 
 if __name__ == "__main__":

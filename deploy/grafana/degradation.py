@@ -14,6 +14,12 @@ def _goodput(objective: str) -> str:
     return f'model_ctx_objective:pagestream_slo_requests:met_share_5m{{model=~"$model", objective="{objective}"}}'
 
 
+def _share(metric: str) -> dict[str, str]:
+    total = f"sum(rate(pagestream_{metric}{M}{RATE}))"
+    shares = f"sum by (ctx) (rate(pagestream_{metric}{M}{RATE})) / ignoring (ctx) group_left () {total}"
+    return {"≤ {{ctx}}": f"{shares} >= 0"}
+
+
 def _fit(term: str) -> dict[str, str]:
     label = f'{{model=~"$model", term="{term}"}}'
     return {
@@ -208,6 +214,36 @@ DASHBOARD = dashboard(
                         for q in (0.5, 0.95)
                     },
                     unit="none",
+                ),
+            ],
+        ),
+        Row(
+            "Would parting short from long prompts pay?",
+            [
+                Panel(
+                    "Share of requests, by prompt length",
+                    "Read the three together: a length that is few of the requests and most of the time or the stall"
+                    " is one that a pool of its own would take away from the others.",
+                    _share("prefill_time_seconds_count"),
+                    unit="percentunit",
+                    stacked=True,
+                ),
+                Panel(
+                    "Share of reading time, by prompt length",
+                    "Time from the first turn to the first token, with what else ran beside it; so long prompts that"
+                    " wait for each other count more than their work.",
+                    _share("prefill_time_seconds_sum"),
+                    unit="percentunit",
+                    stacked=True,
+                ),
+                Panel(
+                    "Share of stall caused, by prompt length",
+                    "Of the seconds that answers waited for others' prompts. Prompts parted from answers of their "
+                    "own length still stall each other: parting moves the stall of short ones, it does not remove "
+                    "that of long ones.",
+                    _share("stall_caused_seconds_total"),
+                    unit="percentunit",
+                    stacked=True,
                 ),
             ],
         ),

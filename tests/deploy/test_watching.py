@@ -204,7 +204,7 @@ def test_the_stack_starts_shows_degradation_and_stops(tiny_model_path: Path) -> 
         )
         assert f"http://127.0.0.1:{ports['http']}/" in said
         prometheus = Prometheus(ports["prometheus"])
-        wait_until(lambda: len(prometheus.query(stack.DEGRADATION)) > 1, "degradation has two contexts", 40)
+        wait_until(lambda: len(prometheus.query(stack.DEGRADATION)) > 1, "degradation has two contexts", 60)
         process.send_signal(signal.SIGINT)
         assert process.wait(WAIT) == 0
     finally:
