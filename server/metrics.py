@@ -117,8 +117,8 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.state = ServerState.LOADING
         self.snapshot = EngineSnapshot()
-        self.clock = clock
-        self.recent = RecentRequests()
+        self.recent = RecentRequests(clock)
+        self._clock = clock
         self._model: str | None = None
         self._decode_contexts: Sequence[int] = ()
         self._lock = threading.Lock()
@@ -185,7 +185,7 @@ class Metrics:
 
     def observe_finished(self, reason: FinishReason, request: Request, timings: Timings, seconds: float) -> None:
         """An admitted request ended, `seconds` after it was received."""
-        self.recent.add(self.clock(), reason, request, timings, seconds)
+        self.recent.add(reason, request, timings, seconds)
         with self._lock:
             self._count("requests_finished_total", 1, reason.value)
             self._observe("request_duration_seconds", seconds, _FAILURES.get(reason, "ok"))
@@ -263,7 +263,7 @@ class Metrics:
             values = {name: dict(series) for name, series in self._values.items()}
             snapshot = self.snapshot
             decoding = self._decode_contexts if snapshot.running_contexts else ()  # the last step was the last one
-        values |= snapshot.gauges(self.clock())
+        values |= snapshot.gauges(self._clock())
         values["batch_context_tokens"] = {(): sum(decoding)}
         values["batch_context_tokens_max"] = {(): max(decoding, default=0)}
         values["ready"] = {(): self.state is ServerState.READY}

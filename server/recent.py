@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pagestream.server.events import Timings
@@ -15,7 +16,7 @@ MAX_RECENT = 30
 class RecentRequest:
     """Times are seconds; None where the moment was never reached."""
 
-    ended: float  # on the clock of Metrics
+    ended: float  # on the engine's clock
     reason: str
     prompt_tokens: int
     cached_tokens: int
@@ -30,14 +31,15 @@ class RecentRequest:
 class RecentRequests:
     """A ring of the last MAX_RECENT. Appending and copying are atomic, so threads need no lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._ring: deque[RecentRequest] = deque(maxlen=MAX_RECENT)
 
-    def add(self, ended: float, reason: FinishReason, request: Request, timings: Timings, duration: float) -> None:
+    def add(self, reason: FinishReason, request: Request, timings: Timings, duration: float) -> None:
         gaps = timings.gaps
         self._ring.append(
             RecentRequest(
-                ended=ended,
+                ended=self._clock(),
                 reason=reason.value,
                 prompt_tokens=request.num_prompt_tokens,
                 cached_tokens=request.num_cached or 0,
@@ -50,5 +52,7 @@ class RecentRequests:
             )
         )
 
-    def newest_first(self) -> list[RecentRequest]:
-        return list(self._ring)[::-1]
+    def newest_first(self) -> list[tuple[float, RecentRequest]]:
+        """Each with its age in seconds."""
+        now = self._clock()
+        return [(now - request.ended, request) for request in reversed(list(self._ring))]
