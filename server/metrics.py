@@ -33,6 +33,7 @@ from pagestream.server.metric_families import (
     markdown_table,
 )
 from pagestream.server.objectives import Objectives
+from pagestream.server.recent import RecentRequests
 from pagestream.server.request import FinishReason, Request
 
 _FAILURES: dict[FinishReason, Outcome] = {  # every other reason is an answer
@@ -122,6 +123,7 @@ class Metrics:
     ) -> None:
         self.state = ServerState.LOADING
         self.snapshot = EngineSnapshot()
+        self.recent = RecentRequests(clock)
         self._clock = clock
         self._objectives = objectives
         self._model: str | None = None
@@ -195,6 +197,7 @@ class Metrics:
 
     def observe_finished(self, reason: FinishReason, request: Request, timings: Timings, seconds: float) -> None:
         """An admitted request ended, `seconds` after it was received."""
+        self.recent.add(reason, request, timings, seconds)
         with self._lock:
             self._count("requests_finished_total", 1, reason.value)
             self._observe("request_duration_seconds", seconds, _FAILURES.get(reason, "ok"))
