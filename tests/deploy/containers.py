@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 IMAGE = "localhost/pagestream:cpu"
@@ -21,11 +22,10 @@ class Containers:
     folder: Path  # of the store
     cache: Path  # of the base image, kept from run to run
 
-    def __call__(self, *command: str, check: bool = True, **options: object) -> str:
+    def __call__(self, *command: str, check: bool = True, **options: Any) -> str:
         """Its standard output; what it says on standard error is in the exception."""
-        done = subprocess.run(  # type: ignore[call-overload]
-            command, env=self.environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, env=self.environment, check=False, **pipes | options)
         assert not check or done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stderr[-3000:]}"
         return str(done.stdout).strip()
 
