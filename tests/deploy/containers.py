@@ -26,7 +26,7 @@ class Containers:
         """Its standard output; what it says on standard error is in the exception."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         done = subprocess.run(command, env=self.environment, check=False, **pipes | options)
-        assert not check or done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stderr[-3000:]}"
+        assert not check or done.returncode == 0, f"{command}: exit code {done.returncode}\n{(done.stderr or done.stdout)[-3000:]}"
         return str(done.stdout).strip()
 
     @property

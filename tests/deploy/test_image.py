@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,9 +38,12 @@ def containers(tool: Callable[[str], str], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def server(containers: Containers, tiny_model_path: Path) -> Iterator[str]:
+def server(containers: Containers, tiny_model_path: Path, tmp_path: Path) -> Iterator[str]:
     """The name of a running container that serves the tiny model, with an address on loopback."""
-    mount = ("--volume", f"{tiny_model_path}:/models/tiny:ro", "--publish", "127.0.0.1::50051")
+    model = shutil.copytree(tiny_model_path, tmp_path / "tiny")
+    for file in (model, *model.iterdir()):
+        file.chmod(0o755)  # for a user who is not us
+    mount = ("--volume", f"{model}:/models/tiny:ro", "--publish", "127.0.0.1::50051")
     containers("podman", "run", "--detach", "--name", "server", *LOCKED_DOWN, *mount, IMAGE,
                "serve", "/models/tiny", "--host", "0.0.0.0", "--dtype", "fp32", "--threads", "1")  # fmt: skip
     yield "server"
