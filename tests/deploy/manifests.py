@@ -121,11 +121,9 @@ def _volumes(pod: Object, config: ServerConfig) -> Iterator[str]:
         for folder in ("/tmp", "/var/cache/pagestream"):  # what the image writes to
             if folder not in folders[container["name"]]:
                 yield f"{container['name']}: cannot write to {folder}"
-    if config.model == "default":
-        caches = {mounts.get("/var/cache/pagestream") for mounts in folders.values()}
-        if "pull" not in folders or len(caches) != 1:
-            yield "nothing fetches the default model"
-    elif not any(Path(config.model).is_relative_to(folder) for folder in folders["pagestream"]):
+    if len({mounts.get("/var/cache/pagestream") for mounts in folders.values()}) != 1:
+        yield "the model is fetched to where nobody looks"
+    if config.model != "default" and not any(Path(config.model).is_relative_to(folder) for folder in folders["pagestream"]):
         yield f"no volume holds {config.model}"
 
 

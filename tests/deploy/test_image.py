@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import yaml
 
 from pagestream.v1 import generation_pb2 as pb
-from tests.deploy.containers import IMAGE, Containers
+from tests.deploy.containers import IMAGE, REPOSITORY, Containers
 from tests.support.client import SERVING, Client
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 START = 120.0  # seconds
+DEV = REPOSITORY / "deploy" / "kubernetes" / "overlays" / "dev"
+POD_CONTAINER = "pagestream-pod-0-pagestream"  # as podman calls it
 LOCKED_DOWN = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--memory", "2g")
 
 
@@ -127,3 +132,44 @@ def test_the_first_process_heeds_sigterm_before_it_serves(containers: Containers
     wait_until(heeds, "SIGTERM is caught", START)
     containers("podman", "kill", "--signal", "TERM", server)
     assert containers("podman", "wait", server, timeout=30) == "0"
+
+
+@pytest.fixture
+def pod(
+    containers: Containers, tool: Callable[[str], str], default_model_path: Path, tmp_path: Path
+) -> Iterator[dict[str, Any]]:
+    """The Deployment of the dev overlay, running as it stands but for its ports; the volume holds the model already."""
+    objects = list(yaml.safe_load_all(containers(tool("kubectl"), "kustomize", str(DEV))))
+    deployment = next(one for one in objects if one["kind"] == "Deployment")
+    for port in deployment["spec"]["template"]["spec"]["containers"][0]["ports"]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port["hostPort"] = free.getsockname()[1]
+    claim = next(one for one in objects if one["kind"] == "PersistentVolumeClaim")["metadata"]["name"]
+    containers("podman", "volume", "create", claim)
+    volume = Path(containers("podman", "volume", "inspect", "--format", "{{.Mountpoint}}", claim))
+    (volume / "models").mkdir()
+    shutil.copy(default_model_path, volume / "models")
+    file = tmp_path / "dev.yaml"  # podman would create the claimed volume, and fails where there is one
+    file.write_text(yaml.safe_dump_all(one for one in objects if one["kind"] != "PersistentVolumeClaim"))
+    containers("podman", "kube", "play", str(file))
+    yield deployment
+    print(containers("podman", "logs", POD_CONTAINER, stderr=subprocess.STDOUT))
+    containers("podman", "kube", "down", str(file))
+    assert containers("podman", "ps", "--all", "--quiet") == ""
+
+
+def test_the_dev_overlay_runs_and_answers(containers: Containers, pod: dict[str, Any]) -> None:
+    client = connect(containers, POD_CONTAINER)
+    answer = client.stream(
+        chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="What is the capital of France?")]),
+        sampling=pb.SamplingConfig(temperature=0),
+        stop=pb.StopConfig(max_tokens=16),
+    )
+    assert "Paris" in answer.text
+    client.close()
+    (made,) = json.loads(containers("podman", "inspect", POD_CONTAINER))
+    assert made["HostConfig"]["ReadonlyRootfs"] is True
+    assert made["HostConfig"]["Memory"] == 2 * 2**30
+    status = containers("podman", "exec", POD_CONTAINER, "cat", "/proc/1/status")
+    facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert (facts["Uid"].split()[0], facts["NoNewPrivs"], int(facts["CapEff"], 16)) == ("10001", "1", 0)
