@@ -26,7 +26,9 @@ class Containers:
         """Its standard output; what it says on standard error is in the exception."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         done = subprocess.run(command, env=self.environment, check=False, **pipes | options)
-        assert not check or done.returncode == 0, f"{command}: exit code {done.returncode}\n{(done.stderr or done.stdout)[-3000:]}"
+        assert not check or done.returncode == 0, (
+            f"{command}: exit code {done.returncode}\n{(done.stderr or done.stdout)[-3000:]}"
+        )
         return str(done.stdout).strip()
 
     @property
@@ -62,7 +64,16 @@ class Containers:
 
     def _wheels(self) -> Path:
         wheels = self.folder / "wheels"
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--python-version", "3.11"]
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--only-binary=:all:",
+            "--python-version",
+            "3.11",
+        ]
         download += ["--no-deps", "--dest", str(wheels), "torch==2.13.0+cpu"]
         self(*download, "--requirement", str(REPOSITORY / "deploy" / "requirements.txt"))
         return wheels

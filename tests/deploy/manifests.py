@@ -123,7 +123,9 @@ def _volumes(pod: Object, config: ServerConfig) -> Iterator[str]:
                 yield f"{container['name']}: cannot write to {folder}"
     if len({mounts.get("/var/cache/pagestream") for mounts in folders.values()}) != 1:
         yield "the model is fetched to where nobody looks"
-    if config.model != "default" and not any(Path(config.model).is_relative_to(folder) for folder in folders["pagestream"]):
+    if config.model != "default" and not any(
+        Path(config.model).is_relative_to(folder) for folder in folders["pagestream"]
+    ):
         yield f"no volume holds {config.model}"
 
 
@@ -156,7 +158,9 @@ def _selectors(objects: list[Object], labels: Object) -> Iterator[str]:
                 selectors = [spec["podSelector"]]
                 if {port["port"] for rule in spec["ingress"] for port in rule["ports"]} != {"grpc", "metrics"}:
                     yield "NetworkPolicy: not the ports of the server"
-                callers = [peer["podSelector"] for rule in spec["ingress"] for peer in rule["from"] if "podSelector" in peer]
+                callers = [
+                    peer["podSelector"] for rule in spec["ingress"] for peer in rule["from"] if "podSelector" in peer
+                ]
                 if any(labels.items() & caller["matchLabels"].items() for caller in callers):
                     yield "NetworkPolicy: only servers may call"
             case _:

@@ -49,7 +49,12 @@ MISTAKES: list[tuple[str, str, str, object]] = [  # overlay, kind, path, what st
     ("cpu", "Deployment", f"{SERVER}.image", "pagestream:latest"),
     ("cpu", "Deployment", f"{SERVER}.image", "registry.example:5000/pagestream"),
     ("cpu", "Deployment", f"{SERVER}.resources.limits.cpu", "8"),
-    ("cpu", "Deployment", f"{SERVER}.resources", {"limits": {"cpu": "4", "memory": "1Gi"}, "requests": {"cpu": "4", "memory": "1Gi"}}),  # fmt: skip
+    (
+        "cpu",
+        "Deployment",
+        f"{SERVER}.resources",
+        {"limits": {"cpu": "4", "memory": "1Gi"}, "requests": {"cpu": "4", "memory": "1Gi"}},
+    ),  # fmt: skip
     ("cpu", "Deployment", "spec.replicas", 2),
     ("cpu", "Deployment", "metadata.name", "server"),
     ("cpu", "Service", "spec.clusterIP", GONE),
@@ -161,9 +166,7 @@ def test_planted_mistakes_are_caught(
 
 
 @pytest.mark.parametrize(("right", "wrong"), SETTINGS)
-def test_a_wrong_setting_is_caught(
-    overlays: dict[str, list[Object]], tmp_path: Path, right: str, wrong: str
-) -> None:
+def test_a_wrong_setting_is_caught(overlays: dict[str, list[Object]], tmp_path: Path, right: str, wrong: str) -> None:
     objects = copy.deepcopy(overlays["cpu"])
     data = only(objects, "ConfigMap")["data"]
     assert right in data["pagestream.toml"]
