@@ -1,6 +1,7 @@
 """Checks Kubernetes objects against the schemas of several versions and custom resources against their models.
 
-Runs in build/tools, the environment of tools.txt: a JSON list of objects in, a JSON list of the complaints about each out.
+Runs in build/tools, the environment of tools.txt: a JSON list of objects in, a JSON list of what is
+wrong with each out.
 """
 
 from __future__ import annotations

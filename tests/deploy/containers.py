@@ -26,9 +26,8 @@ class Containers:
         """Its standard output; what it says on standard error is in the exception."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         done = subprocess.run(command, env=self.environment, check=False, **pipes | options)
-        assert not check or done.returncode == 0, (
-            f"{command}: exit code {done.returncode}\n{(done.stderr or done.stdout)[-3000:]}"
-        )
+        said = done.stderr or done.stdout
+        assert not check or done.returncode == 0, f"{command}: exit code {done.returncode}\n{said[-3000:]}"
         return str(done.stdout).strip()
 
     @property
@@ -64,18 +63,9 @@ class Containers:
 
     def _wheels(self) -> Path:
         wheels = self.folder / "wheels"
-        download = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--only-binary=:all:",
-            "--python-version",
-            "3.11",
-        ]
-        download += ["--no-deps", "--dest", str(wheels), "torch==2.13.0+cpu"]
-        self(*download, "--requirement", str(REPOSITORY / "deploy" / "requirements.txt"))
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
+        download += ["--only-binary=:all:", "--python-version", "3.11"]  # that of the base image
+        self(*download, "torch==2.13.0+cpu", "--requirement", str(REPOSITORY / "deploy" / "requirements.txt"))
         return wheels
 
     def remove(self) -> None:

@@ -56,7 +56,7 @@ def read_config(objects: list[Object], pod: Object, server: Object, scratch: Pat
 
 
 def _ports_and_probes(server: Object, config: ServerConfig) -> Iterator[str]:
-    if config.host != "0.0.0.0":
+    if config.host != "0.0.0.0":  # noqa: S104 - where kubelet, clients and Prometheus come from
         yield f"host {config.host} cannot be reached"
     ports = {port["name"]: port["containerPort"] for port in server["ports"]}
     if ports != {"grpc": config.grpc_port, "metrics": config.http_port}:
@@ -118,14 +118,13 @@ def _volumes(pod: Object, config: ServerConfig) -> Iterator[str]:
         folders[container["name"]] = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
         if missing := set(folders[container["name"]].values()) - names:
             yield f"{container['name']}: no volume {missing}"
-        for folder in ("/tmp", "/var/cache/pagestream"):  # what the image writes to
+        for folder in ("/tmp", "/var/cache/pagestream"):  # noqa: S108 - what the image writes to
             if folder not in folders[container["name"]]:
                 yield f"{container['name']}: cannot write to {folder}"
     if len({mounts.get("/var/cache/pagestream") for mounts in folders.values()}) != 1:
         yield "the model is fetched to where nobody looks"
-    if config.model != "default" and not any(
-        Path(config.model).is_relative_to(folder) for folder in folders["pagestream"]
-    ):
+    at_hand = any(Path(config.model).is_relative_to(folder) for folder in folders["pagestream"])
+    if config.model != "default" and not at_hand:
         yield f"no volume holds {config.model}"
 
 
@@ -158,10 +157,8 @@ def _selectors(objects: list[Object], labels: Object) -> Iterator[str]:
                 selectors = [spec["podSelector"]]
                 if {port["port"] for rule in spec["ingress"] for port in rule["ports"]} != {"grpc", "metrics"}:
                     yield "NetworkPolicy: not the ports of the server"
-                callers = [
-                    peer["podSelector"] for rule in spec["ingress"] for peer in rule["from"] if "podSelector" in peer
-                ]
-                if any(labels.items() & caller["matchLabels"].items() for caller in callers):
+                peers = [peer.get("podSelector", {}) for rule in spec["ingress"] for peer in rule["from"]]
+                if any(labels.items() & peer.get("matchLabels", {}).items() for peer in peers):
                     yield "NetworkPolicy: only servers may call"
             case _:
                 continue

@@ -49,12 +49,8 @@ MISTAKES: list[tuple[str, str, str, object]] = [  # overlay, kind, path, what st
     ("cpu", "Deployment", f"{SERVER}.image", "pagestream:latest"),
     ("cpu", "Deployment", f"{SERVER}.image", "registry.example:5000/pagestream"),
     ("cpu", "Deployment", f"{SERVER}.resources.limits.cpu", "8"),
-    (
-        "cpu",
-        "Deployment",
-        f"{SERVER}.resources",
-        {"limits": {"cpu": "4", "memory": "1Gi"}, "requests": {"cpu": "4", "memory": "1Gi"}},
-    ),  # fmt: skip
+    ("cpu", "Deployment", f"{SERVER}.resources.limits.memory", "1Gi"),
+    ("cpu", "Deployment", f"{SERVER}.resources", {of: {"cpu": "4", "memory": "1Gi"} for of in ("limits", "requests")}),
     ("cpu", "Deployment", "spec.replicas", 2),
     ("cpu", "Deployment", "metadata.name", "server"),
     ("cpu", "Service", "spec.clusterIP", GONE),
