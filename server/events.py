@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagestream.model.step import SampledToken
@@ -37,6 +38,7 @@ class Timings:
     decode: float | None
     time_to_first_token: float | None
     gaps: tuple[float, ...] = ()  # between consecutive tokens
+    predicted_time_to_first_token: float | None = None  # when it came in, by the cost model
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,8 @@ class Failed:
 
 
 Event = Progress | Delta | Finished | Failed
+
+
+def nearest_rank(ordered: Sequence[float], share: float) -> float | None:
+    """The quantile of sorted values; None of none."""
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None

@@ -12,6 +12,7 @@ from pagestream.model.step import SampledToken
 from pagestream.model.text_stream import TextStream
 from pagestream.server.errors import RequestError, Usage
 from pagestream.server.events import Delta, Event, Failed, Finished, Progress, Timings
+from pagestream.server.ledger import Account
 from pagestream.server.request import FinishReason, Request
 from pagestream.server.request_stats import StatsRecord
 from pagestream.server.stats import StatsDetail, StatsRequest, TokenStats
@@ -30,6 +31,7 @@ class Job:
     queue_deadline: float | None = None  # passes only while no step has worked on it
     progress_interval: float = 0.25
     index: int = 0  # of the answer
+    internal: bool = False  # the server's own: it gives way to clients', and the metrics do not take it for one
     stats: StatsRequest = field(default_factory=StatsRequest)
 
     others: Sequence[Job] = field(default=(), init=False, repr=False)  # answers to the same prompt; all fail together
@@ -38,6 +40,8 @@ class Job:
     last_token: float | None = field(default=None, init=False)
     gaps: list[float] = field(default_factory=list, init=False)
     matched_stop: str | None = field(default=None, init=False)
+    predicted_first_token: float | None = field(default=None, init=False)  # seconds from receipt, when it came in
+    ledger: Account = field(default_factory=Account, init=False)
     unread: int = field(default=0, init=False)  # tokens that gRPC has not taken yet
     record: StatsRecord | None = field(default=None, init=False)  # None if it asked for no statistics
     _next_progress: float = field(default=0.0, init=False)
@@ -132,6 +136,7 @@ class Job:
             decode=_between(self.first_token, self.last_token),
             time_to_first_token=_between(self.received, self.first_token),
             gaps=tuple(self.gaps),
+            predicted_time_to_first_token=self.predicted_first_token,
         )
 
 
@@ -147,9 +152,14 @@ def with_others(first: Job, texts: Sequence[TextStream]) -> list[Job]:
             starts_after=request,
         )
         jobs.append(replace(first, request=other, text=text, queue_deadline=None, index=index))
+    end_together(jobs)
+    return jobs
+
+
+def end_together(jobs: Sequence[Job]) -> None:
+    """Makes one call of them: if one fails, all do."""
     for job in jobs:
         job.others = [other for other in jobs if other is not job]
-    return jobs
 
 
 Publication = list[tuple[Job, Event]]  # in order: everything one step has to say

@@ -8,11 +8,12 @@ from google.protobuf import duration_pb2
 
 from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.server import events
+from pagestream.server.forecast import Estimate
 from pagestream.server.job import Job
 from pagestream.server.request import FinishReason
 from pagestream.server.stats import RequestStats, TokenStats
 from pagestream.v1 import generation_pb2 as pb
-from pagestream.v1 import stats_pb2
+from pagestream.v1 import insight_pb2, stats_pb2
 
 _REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
@@ -31,6 +32,19 @@ def accepted(job: Job, queue_position: int) -> pb.Accepted:
         queue_position=queue_position,
         max_tokens=request.max_new_tokens,
         sampling=_sampling(request.sampling),
+    )
+
+
+def estimate(forecast: Estimate) -> insight_pb2.EstimateResponse:
+    return insight_pb2.EstimateResponse(
+        prompt_tokens=forecast.prompt_tokens,
+        cached_tokens=forecast.cached_tokens,
+        time_to_first_token=_duration(forecast.first_token),
+        queue=_duration(forecast.queue),
+        stall_for_others=_duration(forecast.stall_for_others),
+        gap_after=_duration(forecast.gap_after),
+        extrapolated=forecast.extrapolated,
+        samples=forecast.samples,
     )
 
 
@@ -101,14 +115,10 @@ def _timings(timings: events.Timings) -> pb.Timings:
         prefill=_duration(timings.prefill),
         decode=_duration(timings.decode),
         time_to_first_token=_duration(timings.time_to_first_token),
-        inter_token_p50=_duration(_percentile(gaps, 0.50)),
-        inter_token_p99=_duration(_percentile(gaps, 0.99)),
+        inter_token_p50=_duration(events.nearest_rank(gaps, 0.50)),
+        inter_token_p99=_duration(events.nearest_rank(gaps, 0.99)),
+        predicted_time_to_first_token=_duration(timings.predicted_time_to_first_token),
     )
-
-
-def _percentile(ordered: list[float], share: float) -> float | None:
-    """Nearest rank."""
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
 
 
 def _duration(seconds: float | None) -> duration_pb2.Duration | None:

@@ -1,7 +1,7 @@
-"""Attention statistics of served rows: against float64 from the same queries and keys, and the bits they may not change.
+"""Attention statistics of served rows: against float64 from the same queries and keys, and bits they may not change.
 
-In these models the query projection is the key projection times a power of two for each head, so the cached key of a row
-tells its queries exactly.
+In these models the query projection is the key projection times a power of two for each head, so the cached key of a
+row tells its queries exactly.
 """
 
 from __future__ import annotations
