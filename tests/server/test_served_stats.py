@@ -24,9 +24,10 @@ from pagestream.model.step import (
     StepResult,
 )
 from pagestream.server.events import Delta, Failed, Finished
-from pagestream.server.integrity import MIN_REQUESTS
+from pagestream.server.integrity import MIN_REQUESTS, MIN_ROWS
 from pagestream.server.job import Job
 from pagestream.server.metrics import Metrics
+from pagestream.server.scheduler import Scheduler
 from pagestream.server.stats import RequestStats, Span, StatsDetail, StatsMeta, StatsRequest
 from tests.support.fakes import Rig, make_job
 
@@ -63,8 +64,8 @@ def make_rig(model: LoadedModel, make_metrics: Callable[..., Metrics]) -> Iterat
     rigs: list[Rig] = []
 
     def make(**settings: object) -> Rig:
-        settings = {"num_blocks": 128, **settings}
-        rigs.append(Rig(make_metrics(), runner=model.runner, **settings))  # type: ignore[arg-type]
+        settings = {"num_blocks": 128, "runner": model.runner, **settings}
+        rigs.append(Rig(make_metrics(), **settings))  # type: ignore[arg-type]
         return rigs[-1]
 
     yield make
@@ -122,8 +123,22 @@ def numbers(stats: RequestStats) -> list[float]:
     return [*found, *stats.band_mass, stats.pages_for_95 or 0, *(value or 0 for value in astuple(stats.structure))]
 
 
-def test_statistics_do_not_depend_on_cache_batch_or_preemption(make_rig: MakeRig) -> None:
-    """Cold and alone; after a hit in the prefix cache; among others; in a pool too small for all."""
+class Preempting:
+    """Sends the youngest request back to the queue while some steps are in flight, so that these are in vain."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model, self._num_steps = model, 0
+        self.scheduler: Scheduler | None = None
+
+    def step(self, plan: StepPlan) -> StepResult:
+        self._num_steps += 1
+        if self.scheduler is not None and self._num_steps in (7, 12, 13, 20):
+            self.scheduler._preempt_youngest()
+        return self._model.runner.step(plan)
+
+
+def test_statistics_do_not_depend_on_cache_batch_or_preemption(model: LoadedModel, make_rig: MakeRig) -> None:
+    """Cold and alone; after a hit in the prefix cache; among others; with preemptions."""
     asked, greedy = StatsRequest(StatsDetail.SPANS, 2, SPANS), SamplingParams()
     rig = make_rig()
     rig.engine.inbox.submit(*jobs({"cold": greedy}, asked))
@@ -133,17 +148,15 @@ def test_statistics_do_not_depend_on_cache_batch_or_preemption(make_rig: MakeRig
     assert rig.scheduler.hit_tokens_total > 0
     rig.engine.inbox.submit(*jobs({"one": greedy, "other": SAMPLINGS["drawn"], "another": greedy}, asked))
     found += [answer(rig, "one"), answer(rig, "another")]
-    small = make_rig(num_blocks=20, token_budget=16)
-    small.engine.inbox.submit(*jobs(dict.fromkeys("abc", greedy), asked, count=48))
-    for name in "abc":
-        answer(small, name)
+    runner = Preempting(model)
+    rig = make_rig(runner=runner)
+    runner.scheduler = rig.scheduler
+    rig.engine.inbox.submit(*jobs(dict.fromkeys("ab", greedy), asked))
+    found += [answer(rig, "a"), answer(rig, "b")]
+    assert rig.scheduler.num_preemptions_total > 1
     for tokens, stats in found:
         assert [token.token_id for token in tokens] == [token.token_id for token in alone[0]]
         assert numbers(stats) == pytest.approx(numbers(alone[1]), rel=1e-3, abs=1e-3)
-    assert small.scheduler.num_preemptions_total > 0
-    first, *others = (numbers(answer(small, name)[1]) for name in "abc")
-    for other in others:
-        assert other == pytest.approx(first, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 128])
@@ -192,41 +205,43 @@ def texts(model_path: Path, count: int) -> list[list[int]]:
     return [tokens[130 * number : 130 * (number + 1)] for number in range(count)]
 
 
-@pytest.mark.parametrize("damage", ["random first page", "empty first page", "random third page", "not a number"])
-def test_a_spoilt_page_trips_the_monitor(
-    damage: str, default_model_path: Path, make_metrics: Callable[..., Metrics]
-) -> None:
-    """Nothing trips it before."""
+def test_a_spoilt_page_trips_the_monitor(default_model_path: Path, make_metrics: Callable[..., Metrics]) -> None:
+    """Keys emptied or made up between two steps; nothing trips it before."""
     runner = Damaged(load(default_model_path, "int4"))
     rig = Rig(make_metrics(), runner=runner, num_blocks=128, attention_every=1)  # type: ignore[arg-type]
-    *usual, last = texts(default_model_path, MIN_REQUESTS + 3)
+    *usual, emptied, made_up, no_number = texts(default_model_path, MIN_REQUESTS + 3)
 
-    def ask(request_id: str, prompt: list[int]) -> Finished | Failed:
-        job = make_job(request_id, max_new_tokens=26, received=time.monotonic())
+    def ask(request_id: str, prompt: list[int], count: int) -> Finished | Failed:
+        job = make_job(request_id, max_new_tokens=count, received=time.monotonic())
         job.request = replace(job.request, prompt=prompt, eos_token_ids=frozenset())
         rig.engine.inbox.submit(job)
         return rig.recorder.end_of(request_id)
 
-    def spoil(plan: StepPlan) -> None:
-        page = plan.chunks[0].block_ids[2 if "third" in damage else 0]
-        keys = runner.keys[:, page]
-        values = torch.zeros_like(keys) if "empty" in damage else torch.randn(keys.shape) * keys.float().std()
-        keys.copy_(torch.full_like(values, math.nan) if "number" in damage else values)
-        runner.spoil = None
+    def spoil(page: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[StepPlan], None]:
+        def change_once(plan: StepPlan) -> None:
+            keys = runner.keys[:, plan.chunks[0].block_ids[page]]
+            keys.copy_(change(keys))
+            runner.spoil = None
+
+        return change_once
+
+    def events() -> dict[str, float]:
+        return {kind: count for (kind,), count in rig.metrics.read().values["integrity_events_total"].items() if count}
 
     try:
         for number, prompt in enumerate(usual):
-            assert isinstance(ask(str(number), prompt), Finished)
-        events = rig.metrics.read().values["integrity_events_total"]
-        assert sum(events.values()) == 0
-        runner.spoil = spoil
-        end = ask("spoilt", last)
-        events = {kind for (kind,), count in rig.metrics.read().values["integrity_events_total"].items() if count}
-        if "number" in damage:
-            assert isinstance(end, Failed)
-            assert events == {"nan"}
-        else:
-            assert isinstance(end, Finished), "an event is no failure"
-            assert "sink_lost" in events
+            assert isinstance(ask(str(number), prompt, 2 + MIN_ROWS // MIN_REQUESTS), Finished)
+        assert events() == {}
+        runner.spoil = spoil(0, torch.zeros_like)
+        assert isinstance(ask("emptied", emptied, 5), Finished), "an event is no failure"
+        after_emptied = events()
+        assert after_emptied["sink_lost"] > 0
+        runner.spoil = spoil(2, lambda keys: torch.randn(keys.shape) * keys.float().std())
+        assert isinstance(ask("made up", made_up, 5), Finished)
+        assert events()["sink_lost"] > after_emptied["sink_lost"]
+        assert "nan" not in events()
+        runner.spoil = spoil(0, lambda keys: torch.full_like(keys, math.nan))
+        assert isinstance(ask("no number", no_number, 5), Failed)
+        assert events()["nan"] == 1
     finally:
         rig.engine.stop()
