@@ -1,88 +1,40 @@
-"""Attention statistics of served rows: against float64 from the same queries and keys, and the bits they keep.
-
-In these models the query projection is the key projection times a power of two for each head, so the cached key of a
-row tells its queries exactly.
-"""
+"""Attention statistics of served rows against float64 from the same queries and keys."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from pagestream.kernels import build
+from pagestream import kernels
+from pagestream.model import network as network_module
+from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.config import ModelConfig
-from pagestream.model.kv_cache import KVCache
+from pagestream.model.loader import load_model
 from pagestream.model.runner import Runner
-from pagestream.model.step import AttentionSummary, Chunk, SamplingParams, StatsLevel, StepPlan, StepResult
-from pagestream.model.weights import Weights, build_weights
+from pagestream.model.step import AttentionSummary, Chunk, SamplingParams, StatsLevel, StepPlan
 from tests.model import attention_oracle as oracle
-from tests.model.test_native import BASE, LARGER, quantized
-from tests.model.test_network_matches_transformers import CPU, randomised
+from tests.model.observed_runs import (
+    PAGE_SIZE,
+    SPANS,
+    WINDOWED,
+    forced,
+    make_cache,
+    make_weights,
+    queries_of,
+    read,
+    rows_of,
+    texts,
+)
+from tests.model.test_native import BASE
 
-PAGE_SIZE = 16
-FACTORS = torch.tensor([1.0, 0.5, 2.0, 0.25])  # of the four query heads
-WINDOWED = replace(BASE, architecture="qwen2", sliding_window=(None, 19, 150))
 CONFIGS = {"llama": BASE, "windows": WINDOWED}
 ISAS = ("amx", "vnni", "avx2", "baseline")
-SPANS = ((0, 1), (0, 7), (5, 20))
-
-
-def make_weights(config: ModelConfig, *, native: bool) -> Weights:
-    model = randomised(LlamaForCausalLM(LlamaConfig(**{**LARGER, "num_hidden_layers": config.num_layers})))
-    for layer in model.model.layers:
-        key = layer.self_attn.k_proj.weight.data.unflatten(0, (config.num_kv_heads, -1))
-        queries = key.repeat_interleave(config.num_heads // config.num_kv_heads, 0) * FACTORS[:, None, None]
-        layer.self_attn.q_proj.weight.data.copy_(queries.flatten(0, 1))
-    if native:
-        return quantized(model, config)
-    return build_weights(config, model.state_dict().__getitem__, torch.float32, CPU)
-
-
-def make_cache(config: ModelConfig, dtype: torch.dtype = torch.float32) -> KVCache:
-    cache = KVCache(config, 64, PAGE_SIZE, dtype, CPU)
-    cache.storage.fill_(0x7F if dtype == torch.int8 else 0xFF)  # NaN, or large
-    return cache
-
-
-@contextlib.contextmanager
-def forced(isa: str) -> Iterator[None]:
-    """Skips where this machine has no such kernels."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(build.forced_isa(isa))
-        except ValueError as error:
-            pytest.skip(str(error))
-        yield
-
-
-def texts(config: ModelConfig, *sizes: int) -> list[list[int]]:
-    random = np.random.default_rng(0)
-    return [random.integers(config.vocab_size, size=size).tolist() for size in sizes]
-
-
-def read(
-    runner: Runner, tokens: list[int], cuts: Sequence[int], blocks: Sequence[int], **options: object
-) -> StepResult:
-    """The last of the steps that compute the tokens up to each cut; the options are its chunk's."""
-    for start, end in zip((0, *cuts), cuts, strict=False):
-        runner.step(StepPlan((Chunk("r", tokens, len(tokens), start, end - start, blocks, SamplingParams()),)))
-    start = cuts[-1] if cuts else 0
-    last = Chunk("r", tokens, len(tokens), start, len(tokens) - start, blocks, SamplingParams())
-    return runner.step(StepPlan((replace(last, **options),)))  # type: ignore[arg-type]
-
-
-def rows_of(cache: KVCache, part: int, blocks: Sequence[int], n: int) -> np.ndarray:
-    """Keys (0) or values (1) of a context, float64 [L, Hkv, n, D]."""
-    rows = cache.rows[:, list(blocks), :, part].double()
-    if cache.scales is not None:
-        rows = rows * cache.scales[:, list(blocks), :, part, :, None].double()
-    return torch.cat(rows.unbind(1), 2)[:, :, :n].numpy()
 
 
 def compare(
@@ -98,7 +50,9 @@ def compare(
     layers = [oracle.shares(q, k, window) for q, k, window in zip(queries, keys, windows, strict=True)]
     n = keys.shape[2]
     assert summary.context == max(min(n, window or n) for window in windows)
-    of_group = [layers[i : i + 1] for i in range(3)] if len(layers) == 3 else [layers]
+    count = min(3, len(layers))
+    cuts = [-(-len(layers) * i // count) for i in range(count + 1)]
+    of_group = [layers[begin:end] for begin, end in itertools.pairwise(cuts)]
     for group, exact_layers, bands in zip(summary.groups, of_group, summary.bands, strict=True):
         assert asdict(group) == pytest.approx(oracle.group(exact_layers), abs=tolerance)
         assert bands == pytest.approx(oracle.bands(exact_layers), abs=tolerance)
@@ -116,12 +70,6 @@ def compare(
     assert not clear or summary.pages.pages95 == pytest.approx(np.mean((covered < 0.95).sum(-1) + 1))
     for found, (begin, end) in zip(summary.pages.spans, SPANS, strict=False):
         assert asdict(found) == pytest.approx(oracle.span(layers, values, begin, end), abs=tolerance)
-
-
-def queries_of(keys: np.ndarray) -> np.ndarray:
-    """Of the last row, [L, Hq, D], from keys [L, Hkv, n, D]."""
-    groups = len(FACTORS) // keys.shape[1]
-    return keys[:, :, -1].repeat(groups, axis=1) * FACTORS.double().numpy()[:, None]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -155,68 +103,6 @@ def test_narrow_caches(dtype: torch.dtype, isa: str) -> None:
     compare(result.attention[0], queries_of(rows_of(exact, 0, blocks, 300)), keys, values, config, 2e-3)
 
 
-def batch_of(streams: list[tuple[list[int], int, list[int]]], **options: object) -> StepPlan:
-    """Of each stream, (tokens, start, blocks), what is left to compute."""
-    samplings = (SamplingParams(logprobs=2), SamplingParams(temperature=1.0, seed=3, logprobs=2))
-    chunks = (
-        Chunk(str(i), tokens, len(tokens) - 1, start, len(tokens) - start, blocks, samplings[i % 2], **options)  # type: ignore[arg-type]
-        for i, (tokens, start, blocks) in enumerate(streams)
-    )
-    return StepPlan(tuple(chunks))
-
-
-@pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_asking_changes_no_bit(dtype: torch.dtype, *, native: bool) -> None:
-    """Of tokens, logprobs and caches, in a batch of decodes and a prompt chunk, at every level."""
-    weights = make_weights(WINDOWED, native=native)
-    tokens = texts(WINDOWED, 300, 40, 130)
-    blocks = [list(range(20)), list(range(20, 30)), list(range(30, 40))]
-    results, storages = [], []
-    for options in (
-        {},
-        {"attention": StatsLevel.HEADS},
-        {"attention": StatsLevel.PAGES, "spans": SPANS, "output_stats": True},
-    ):
-        cache = make_cache(WINDOWED, dtype)
-        runner = Runner(WINDOWED, weights, cache)
-        runner.step(batch_of([(t[:-1], 0, b) for t, b in zip(tokens[:2], blocks, strict=False)], **options))
-        starts = (299, 39, 0)
-        result = runner.step(batch_of(list(zip(tokens, starts, blocks, strict=True)), **options))
-        results.append([[(t.token_id, t.logprob, t.top_logprobs) for t in chunk] for chunk in result.sampled])
-        storages.append(cache.storage)
-    assert results[0] == results[1] == results[2]
-    assert all(torch.equal(storages[0], storage) for storage in storages[1:])
-
-
-def test_do_not_depend_on_batch_chunks_prefix_hits_pages_or_threads() -> None:
-    """To the last bit, where the kernels do the work."""
-    if build.load().implementation != "cpp":
-        pytest.skip(build.load().detail)
-    weights, (tokens, other, third) = make_weights(WINDOWED, native=True), texts(WINDOWED, 300, 90, 40)
-    options = {"attention": StatsLevel.PAGES, "spans": SPANS}
-
-    def fresh() -> Runner:
-        return Runner(WINDOWED, weights, make_cache(WINDOWED, torch.bfloat16))
-
-    (alone,) = read(fresh(), tokens, [], list(range(19)), **options).attention
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        (chunked,) = read(fresh(), tokens, [7, 250], list(range(40, 59)), **options).attention
-    finally:
-        torch.set_num_threads(before)
-    sharing = fresh()
-    read(sharing, [*tokens[:160], 5, 6], [], list(range(11)))  # its first ten pages are found again
-    blocks = [*range(10), *range(20, 29)]
-    hit = sharing.step(
-        batch_of([(tokens, 160, blocks), (other, 0, list(range(30, 36))), (third, 0, [40, 41, 42])], **options)
-    )
-    assert alone is not None
-    assert alone.pages is not None
-    assert alone == chunked == hit.attention[0]
-
-
 def test_the_row_of_a_speculating_chunk_is_the_one_that_is_kept() -> None:
     weights, (tokens,) = make_weights(BASE, native=True), texts(BASE, 100)
     blocks, cache = list(range(8)), make_cache(BASE)
@@ -243,20 +129,36 @@ def test_a_prompt_chunk_that_does_not_sample_is_observed_at_its_last_row() -> No
     compare(result, queries_of(keys), keys, values, BASE, 1e-4)
 
 
-def test_nothing_is_said_where_nothing_is_asked() -> None:
-    native, dense = (Runner(BASE, make_weights(BASE, native=n), make_cache(BASE)) for n in (True, False))
-    for runner in (native, dense):
-        assert read(runner, [1, 2, 3], [], [0]).attention == ()
-    assert read(dense, [1, 2, 3], [], [0]).seconds is None
-    if build.load().implementation == "cpp":
-        first, second = (read(native, [1, 2, 3], [], [0]).seconds for _ in range(2))
-        assert first is not None
-        assert second is not None
-        assert all(0 < seconds < 10 for seconds in (*first, *second))
+def test_of_the_default_model(default_model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the served path, and the same row by PyTorch operations, which tell their queries. The two differ where
+    sums in another order round an activation to its neighbour."""
+    model = load_model(
+        open_checkpoint(default_model_path),
+        dtype="int4",
+        kv_dtype="auto",
+        device="cpu",
+        page_size=PAGE_SIZE,
+        max_context=1024,
+        token_budget=512,
+        kv_memory=64 << 20,
+    )
+    runner = model.runner
+    config, weights, cache = runner._config, runner._network._weights, runner._cache
+    (tokens,), n = texts(config, 300), 300
+    blocks = list(range(7, 26))
+    options = {"attention": StatsLevel.PAGES, "spans": SPANS}
+    (served,) = read(runner, tokens, [n - 1], blocks, **options).attention
+    queries: list[torch.Tensor] = []
+    attend = kernels.paged_attention
 
+    def attention(query: torch.Tensor, *others: object, **more: object) -> None:
+        queries.append(query[-1].double())
+        attend(query, *others, **more)  # type: ignore[arg-type]
 
-@pytest.mark.parametrize("span", [(-1, 2), (2, 2), (0, 4)])
-def test_spans_outside_the_context_are_refused_by_name(span: tuple[int, int]) -> None:
-    runner = Runner(BASE, make_weights(BASE, native=True), make_cache(BASE))
-    with pytest.raises(ValueError, match="r: span"):
-        read(runner, [1, 2, 3], [], [0], attention=StatsLevel.PAGES, spans=(span,))
+    monkeypatch.setattr(network_module, "native_decoder", lambda *_: None)
+    monkeypatch.setattr(kernels, "paged_attention", attention)
+    last = Chunk("r", tokens, n, n - 1, 1, blocks, SamplingParams(), **options)  # type: ignore[arg-type]
+    (by_operations,) = Runner(config, weights, cache).step(StepPlan((last,))).attention
+    exact = (torch.stack(queries).numpy(), rows_of(cache, 0, blocks, n), rows_of(cache, 1, blocks, n), config)
+    compare(by_operations, *exact, 1e-4)
+    compare(served, *exact, 0.05)
