@@ -47,7 +47,7 @@ class _Row(NamedTuple):
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
     """A token for each row of logits [R, V] fp32, which are left as they are: chunk by chunk for each position at which
-    it samples, from what is known or proposed before that position.
+    it samples, from what is known or proposed before that position. Where an answer is given, its own token.
 
     Raises NonFiniteLogitsError for the first row whose largest logit is not finite.
     """
@@ -68,6 +68,9 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
             token_ids[index] = token_id
         if any(row.chunk.output_stats for row in rows):
             surprisals = dict(zip(drawn, _surprisals(weights, [token_ids[index] for index in drawn]), strict=True))
+    for index, row in enumerate(rows):
+        if row.chunk.given:
+            token_ids[index] = row.chunk.given[row.position - row.chunk.first_chosen]
     return _report(logits, rows, token_ids, surprisals)
 
 

@@ -21,6 +21,9 @@ class StatsLevel(IntEnum):
     PAGES = 2  # and pages, spans, agreement of heads
 
 
+MAX_SCORED_ROWS = 64  # of a step: bounds the memory of their logits
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request chooses its tokens; validated where the request enters, the ranges are those of
@@ -47,6 +50,9 @@ class Chunk:
     """Work on one request in one step: compute the keys and values of `length` tokens from position `start`, and, when
     they reach the last known one, choose the next. After that one may come `proposed` tokens, which count as part of
     `length`: behind each, too, the next is chosen, as if those before it were the request's own.
+
+    Where an answer is `given`, its tokens are "chosen", whatever the network would choose: they are what `tokens` ends
+    in, but for the last, which comes behind them.
     """
 
     request_id: str
@@ -61,6 +67,7 @@ class Chunk:
     attention: StatsLevel = StatsLevel.OFF  # of the row `observed_position`
     spans: Sequence[tuple[int, int]] = ()  # ranges of positions, up to observed_position + 1; need the level PAGES
     output_stats: bool = False
+    given: Sequence[int] = ()  # the tokens of a given answer that are still to be chosen
 
     @property
     def end(self) -> int:
@@ -72,8 +79,14 @@ class Chunk:
 
     @property
     def sampled_positions(self) -> range:
-        """Where a token is chosen: behind the last known one and each proposed one; empty if that is not reached."""
-        return range(len(self.tokens), self.end + 1)
+        """Where a token is chosen: behind the last known one and each proposed one, and wherever a given one is; empty
+        if that is not reached."""
+        return range(max(self.first_chosen, self.start + 1), self.end + 1)
+
+    @property
+    def first_chosen(self) -> int:
+        """The first position without a token, or with a given one."""
+        return len(self.tokens) - max(len(self.given) - 1, 0)
 
     @property
     def observed_position(self) -> int:

@@ -61,7 +61,8 @@ void check_observation(const Observation& o, const AttentionParams& p) {
 Observer::Observer(const Observation& observation, const AttentionParams& p, int64_t num_layers)
     : o_(observation), num_layers_(num_layers), first_span_(observation.num_rows + 1) {
   int64_t longest = 0;
-  for (int64_t i = 0; i < o_.num_rows; ++i) longest = std::max<int64_t>(longest, context_of(p, o_.rows[i]));
+  for (int64_t i = 0; i < o_.num_rows; ++i)  // not the row's own context: attention keeps whole tiles, of later rows too
+    longest = std::max<int64_t>(longest, p.context_lengths[o_.rows[i].sequence]);
   log2_ends_ = log2_ends(longest);
   weight_stride_ = round_up(longest, kTile);
   scratch_stride_ = o_.num_spans == 0 ? 0 : p.num_heads / p.num_kv_heads * round_up(p.head_size, kVector);

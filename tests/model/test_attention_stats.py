@@ -104,17 +104,18 @@ def test_narrow_caches(dtype: torch.dtype, isa: str) -> None:
 
 
 def test_the_row_of_a_speculating_chunk_is_the_one_that_is_kept() -> None:
-    weights, (tokens,) = make_weights(BASE, native=True), texts(BASE, 100)
-    blocks, cache = list(range(8)), make_cache(BASE)
+    """Also where the proposed tokens begin a tile of keys."""
+    weights, (tokens,) = make_weights(BASE, native=True), texts(BASE, 128)
+    blocks, cache = list(range(9)), make_cache(BASE)
     runner = Runner(BASE, weights, cache)
     read(runner, tokens, [], blocks)
-    last = Chunk("r", tokens, 50, 99, 1, blocks, SamplingParams(), attention=StatsLevel.PAGES, spans=((0, 100),))
+    last = Chunk("r", tokens, 50, 127, 1, blocks, SamplingParams(), attention=StatsLevel.PAGES, spans=((0, 128),))
     (alone,) = runner.step(StepPlan((last,))).attention
     speculating = replace(last, length=4, proposed=(1, 2, 3))
     (observed,) = runner.step(StepPlan((speculating,))).attention
     assert observed == alone
     assert observed is not None
-    assert observed.context == 100
+    assert observed.context == 128
 
 
 def test_a_prompt_chunk_that_does_not_sample_is_observed_at_its_last_row() -> None:
