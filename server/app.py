@@ -21,6 +21,7 @@ from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
 from pagestream.server.listener import Listener
 from pagestream.server.metrics import Metrics, ServerState
+from pagestream.server.objectives import Objectives
 from pagestream.server.served import ModelSlot
 from pagestream.server.streams import Streams
 from pagestream.server.watchdog import Watchdog
@@ -46,7 +47,8 @@ async def _serve(config: ServerConfig) -> int:
     stop, stop_now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
-    metrics, slot, streams = Metrics(), ModelSlot(), Streams(loop)
+    objectives = Objectives(config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000, config.slo_e2e_s)
+    metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
     listener = Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics)
     http = start_http(config.http_port, config.host, metrics)

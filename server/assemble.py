@@ -17,10 +17,12 @@ from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.config import ServerConfig
+from pagestream.server.costs import Footprint
 from pagestream.server.engine import Engine
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Publication
 from pagestream.server.metrics import Metrics
+from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.scheduler import Scheduler
 from pagestream.server.served import ServedModel
@@ -65,8 +67,12 @@ def assemble(
     scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running, speculation=speculation)
     limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
     pace = Pace(target_gap=config.target_gap_ms / 1000)
+    observer = Observer(metrics, config.attention_every, time.monotonic)
     readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
-    engine = Engine(pool, scheduler, loaded.runner, metrics, limits, readers, pace, publish, on_fault)
+    footprint = Footprint(loaded.plan.weights_bytes, loaded.plan.kv_bytes // loaded.plan.kv_capacity_tokens)
+    engine = Engine(
+        pool, scheduler, loaded.runner, metrics, limits, readers, pace, observer, publish, on_fault, footprint=footprint
+    )
     engine.start()
     model = ServedModel(
         name=loaded.name,
@@ -109,10 +115,13 @@ def _check_attention(loaded: LoadedModel, page_size: int, metrics: Metrics) -> N
             page_size=page_size,
         )
     )
-    metrics.set_gauge("selftest_seconds", time.monotonic() - started)
-    for check in checks:
-        metrics.set_gauge("selftest_ok", check.passed, check.test)
-        metrics.set_gauge("selftest_max_error", check.error, check.test)
+    metrics.set_gauges(
+        {
+            "selftest_seconds": {(): time.monotonic() - started},
+            "selftest_ok": {(check.test,): check.passed for check in checks},
+            "selftest_max_error": {(check.test,): check.error for check in checks},
+        }
+    )
     failed = [f"{check.test} ({check.error:.3g} times the error allowed)" for check in checks if not check.passed]
     if failed:
         raise ModelError(f"attention on {loaded.device} computes wrong results: self-test {', '.join(failed)} failed")

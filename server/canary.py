@@ -15,6 +15,7 @@ from itertools import cycle
 
 from pagestream.server import scoring
 from pagestream.server.errors import GaveWayError, RequestError
+from pagestream.server.metric_families import LabelValues
 from pagestream.server.metrics import Metrics
 from pagestream.server.probes import Probe, make_probes
 from pagestream.server.request import Priority
@@ -40,7 +41,9 @@ class Canary:
         self._tokenizing = tokenizing
         self._metrics = metrics
         self._interval = interval
-        self._runs: Counter[tuple[str, str]] = Counter()  # that ended well
+        self._runs: Counter[LabelValues] = Counter()  # that ended well, by task and length
+        self._first: dict[LabelValues, float] = {}
+        self._last: dict[LabelValues, float] = {}
 
     async def run(self) -> None:
         if not self._interval:
@@ -51,7 +54,7 @@ class Canary:
         await asyncio.sleep(self._interval)
         for probe in cycle(probes):
             started = time.monotonic()
-            self._metrics.count("canary_runs_total", await self._try(probe))
+            self._metrics.book([("canary_runs_total", 1, (await self._try(probe),))])
             await asyncio.sleep(max(self._interval, _REST * (time.monotonic() - started)))
 
     async def _try(self, probe: Probe) -> str:
@@ -66,9 +69,9 @@ class Canary:
             log.warning("canary %s of %d tokens: %s", probe.task, probe.length, error)
             return "failed"
         labels = probe.task, str(probe.length)
-        if not self._runs[labels]:
-            self._metrics.set_gauge("canary_baseline_logprob", logprob, *labels)
-        self._metrics.set_gauge("canary_logprob", logprob, *labels)
+        self._first.setdefault(labels, logprob)
+        self._last[labels] = logprob
+        self._metrics.set_gauges({"canary_baseline_logprob": dict(self._first), "canary_logprob": dict(self._last)})
         self._runs[labels] += 1
         return "ok"
 

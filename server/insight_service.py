@@ -1,18 +1,19 @@
-"""The gRPC service that says how likely an answer is and what it rested on."""
+"""The gRPC service that says what a prompt would cost, how likely an answer is, and what it rested on."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import Executor
 from typing import Any
 
 import grpc
 
-from pagestream.server import scoring, status, validate
+from pagestream.server import scoring, status, translate, validate
 from pagestream.server.errors import RequestError
 from pagestream.server.job import Job
 from pagestream.server.metrics import Metrics
-from pagestream.server.prepare import read_prompt
+from pagestream.server.prepare import check_fits, read_prompt
 from pagestream.server.scoring import AnswerScore
 from pagestream.server.served import ModelSlot
 from pagestream.server.service import tenant_of
@@ -26,6 +27,7 @@ CAVEAT = (
     "Effects of spans do not add up: two that say the same each seem to matter little."
 )
 
+Ablation = insight_pb2.AblateSpansRequest
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -37,6 +39,22 @@ class InsightService(InsightServiceServicer):
         self._streams = streams
         self._tokenizing = tokenizing
         self._metrics = metrics
+
+    async def Estimate(  # noqa: N802 - the proto's name
+        self, request: insight_pb2.EstimateRequest, context: Context
+    ) -> insight_pb2.EstimateResponse:
+        received = time.monotonic()
+        try:
+            model = self._slot.get(request.model)
+            with model.engine.inbox.entering(max(1, len(request.token_ids.ids))):  # what a generation would be told
+                validate.check_prompt(request, model.vocab_size)
+                prompt = await read_prompt(request, model, self._tokenizing, self._metrics)
+                check_fits(len(prompt), model)
+            answer = model.engine.estimate(prompt, tenant_of(context))
+        except RequestError as error:
+            self._metrics.observe_rejected(error.reason, time.monotonic() - received)
+            await status.abort(context, error)
+        return translate.estimate(await asyncio.wrap_future(answer))
 
     async def Score(  # noqa: N802 - the proto's name
         self, request: insight_pb2.ScoreRequest, context: Context
@@ -77,16 +95,16 @@ class InsightService(InsightServiceServicer):
         try:
             model = self._slot.get(request.model)
             remaining = context.time_remaining()
-            spans = request.spans if isinstance(request, insight_pb2.AblateSpansRequest) else ()
+            spans = validate.spans("spans", request.spans) if isinstance(request, Ablation) else ()
             with model.engine.inbox.entering(max(1, len(request.answer_token_ids)), 1 + len(spans)):
                 validate.check_prompt(request, model.vocab_size)
                 validate.check_answer(request, model.vocab_size)
                 priority = validate.priority(request)
                 prompt = await read_prompt(request, model, self._tokenizing, self._metrics)
-                if isinstance(request, insight_pb2.AblateSpansRequest):
-                    validate.check_spans(spans, len(prompt))
+                if isinstance(request, Ablation):
+                    validate.check_ablated(spans, len(prompt))
                 jobs = scoring.scoring_jobs(
-                    [prompt, *(prompt[: span.begin_token] + prompt[span.end_token :] for span in spans)],
+                    [prompt, *(prompt[: span.begin] + prompt[span.end :] for span in spans)],
                     request.answer_token_ids,
                     model,
                     tenant=tenant_of(context),

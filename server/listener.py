@@ -55,7 +55,7 @@ class Listener:
         self._server = grpc.aio.server(interceptors=[CallCounter(metrics)], options=OPTIONS)
         self._health = health.HealthServicer()
         add_GenerationServiceServicer_to_server(GenerationService(slot, streams, tokenizing, metrics), self._server)
-        insight = InsightService(slot, streams, tokenizing, metrics)  # type: ignore[abstract]  # Estimate comes later
+        insight = InsightService(slot, streams, tokenizing, metrics)
         add_InsightServiceServicer_to_server(insight, self._server)
         add_TokenizerServiceServicer_to_server(TokenizerService(slot, tokenizing), self._server)
         add_ModelServiceServicer_to_server(ModelService(slot), self._server)

@@ -45,8 +45,10 @@ async def prepare(
     interval = validate.progress_interval(message.output)
     queue_timeout = validate.queue_timeout(message)
     priority = validate.priority(message)
+    stats = validate.stats_request(message.stats, model.page_size)
     prompt = await read_prompt(message, model, tokenizing, metrics)
     check_fits(len(prompt), model)
+    validate.check_spans("stats.spans", stats.spans, len(prompt))
     room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
     wanted = stop.max_tokens if stop.max_tokens is not None else room + 1
     text = partial(
@@ -74,6 +76,7 @@ async def prepare(
         deadline=deadline,
         queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
+        stats=stats,
     )
     return with_others(first, [text() for _ in range(1, num_answers)])
 

@@ -64,8 +64,8 @@ class Scheduler:
                 f"a token budget of {token_budget} cannot give each of {max_running} running requests its next token"
             )
         self._pool = pool
-        self._token_budget = token_budget
-        self._max_running = max_running
+        self.token_budget = token_budget
+        self.max_running = max_running
         self._speculation = speculation
         self._running: list[Request] = []  # these three in arrival order
         self._waiting: list[Request] = []
@@ -131,7 +131,7 @@ class Scheduler:
         planned: dict[Request, Chunk] = {}
         for request in [request for request in self._running if request.num_uncomputed == 1 and not request.given]:
             self._plan_chunk(request, 1, planned)
-        budget = self._token_budget - len(planned)
+        budget = self.token_budget - len(planned)
         if planned and max_prompt_tokens is not None:
             budget = min(budget, max(max_prompt_tokens, 1))
         while (starting := self._next_to_start()) is not None:
@@ -140,7 +140,7 @@ class Scheduler:
         for request, length in self._fair_share.divide(prompts, budget):
             self._plan_chunk(request, length, planned)
         if self._speculation and not prompts and not self._waiting:
-            add_proposals(self._pool, planned, self._token_budget)
+            add_proposals(self._pool, planned, self.token_budget)
         chosen = {request: chunk for request, chunk in planned.items() if request.state is RequestState.RUNNING}
         plan = StepPlan(tuple(chosen.values()))
         self._in_flight = (plan, tuple(chosen))
@@ -201,8 +201,8 @@ class Scheduler:
             arrivals = [_arrival(request) for request in queue]
             if any(older >= younger for older, younger in pairwise(arrivals)):
                 raise RuntimeError(f"those {state} are not in arrival order: {arrivals}")
-        if len(self._running) > self._max_running:
-            raise RuntimeError(f"{len(self._running)} requests run, {self._max_running} may")
+        if len(self._running) > self.max_running:
+            raise RuntimeError(f"{len(self._running)} requests run, {self.max_running} may")
 
     def _queues(self) -> dict[RequestState, list[Request]]:
         return {
@@ -220,7 +220,7 @@ class Scheduler:
         none waits for room that answers shorter than allowed never use.
         """
         ready = [request for request in self._waiting if request.may_start]
-        if not ready or len(self._running) == self._max_running:
+        if not ready or len(self._running) == self.max_running:
             return None
         first = next_in_turn(ready, self._running)
         candidates = (*self._running, first)

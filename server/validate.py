@@ -16,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 from pagestream.model.step import SamplingParams
 from pagestream.server.errors import InvalidFieldError
 from pagestream.server.request import Priority
+from pagestream.server.stats import Span, StatsDetail, StatsRequest
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import insight_pb2, stats_pb2
 
@@ -26,8 +27,9 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_REQUEST_ID_BYTES = 128
+MAX_ATTENTION_EVERY = 4096
 MAX_SPANS = 64
-MAX_SPAN_NAME = 64
+MAX_SPAN_NAME = 64  # characters
 
 _PRIORITIES = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
@@ -39,7 +41,7 @@ _PRIORITIES = {
 Number = TypeVar("Number", int, float)
 GenerateMessage = pb.GenerateRequest | pb.GenerateStreamRequest
 ScoreMessage = insight_pb2.ScoreRequest | insight_pb2.AblateSpansRequest
-PromptMessage = GenerateMessage | ScoreMessage
+PromptMessage = GenerateMessage | ScoreMessage | insight_pb2.EstimateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ def queue_timeout(request: GenerateMessage) -> float | None:
     return _seconds("queue_timeout", request.queue_timeout, 0.001) if request.HasField("queue_timeout") else None
 
 
-def priority(request: PromptMessage) -> Priority:
+def priority(request: GenerateMessage | ScoreMessage) -> Priority:
     """Raises InvalidFieldError."""
     if request.priority not in _PRIORITIES:
         raise InvalidFieldError("priority", f"{request.priority} is not one of pagestream.v1.Priority")
@@ -149,19 +151,48 @@ def check_answer(request: ScoreMessage, vocab_size: int) -> None:
     _check_tokens("answer_token_ids", request.answer_token_ids, vocab_size, len(request.answer_token_ids))
 
 
-def check_spans(spans: Sequence[stats_pb2.Span], num_prompt_tokens: int) -> None:
-    """Of a prompt with so many tokens. Raises InvalidFieldError."""
-    if not 1 <= len(spans) <= MAX_SPANS:
-        raise InvalidFieldError("spans", f"there must be 1 to {MAX_SPANS}")
+def stats_request(stats: stats_pb2.StatsOptions, page_tokens: int) -> StatsRequest:
+    """All but where spans end, for which see check_spans. Raises InvalidFieldError."""
+    if stats.level not in stats_pb2.StatsLevel.values():
+        raise InvalidFieldError("stats.level", f"{stats.level} is not one of pagestream.v1.StatsLevel")
+    detail = StatsDetail(stats.level or StatsDetail.OFF)
+    every = 16 if detail is StatsDetail.SPANS else 1
+    if stats.HasField("attention_every"):
+        every = _check_range("stats.attention_every", stats.attention_every, 1, MAX_ATTENTION_EVERY)
+    if stats.spans and detail is not StatsDetail.SPANS:
+        raise InvalidFieldError("stats.spans", "need the level STATS_LEVEL_SPANS")
+    return StatsRequest(detail, every, spans("stats.spans", stats.spans), page_tokens)
+
+
+def spans(field: str, messages: Sequence[stats_pb2.Span]) -> tuple[Span, ...]:
+    """All but where they end, for which see check_spans. Raises InvalidFieldError."""
+    if len(messages) > MAX_SPANS:
+        raise InvalidFieldError(field, f"at most {MAX_SPANS} are allowed")
     names: set[str] = set()
-    for index, span in enumerate(spans):
-        if not 1 <= len(span.name) <= MAX_SPAN_NAME or span.name in names:
-            raise InvalidFieldError(f"spans[{index}].name", f"must be unique and have 1 to {MAX_SPAN_NAME} characters")
+    for index, span in enumerate(messages):
+        if not 1 <= len(span.name) <= MAX_SPAN_NAME:
+            raise InvalidFieldError(f"{field}[{index}].name", f"must have 1 to {MAX_SPAN_NAME} characters")
+        if span.name in names:
+            raise InvalidFieldError(f"{field}[{index}].name", "is that of another span")
         names.add(span.name)
-        if not span.begin_token < span.end_token <= num_prompt_tokens:
-            problem = f"must be above begin_token and at most the prompt's {num_prompt_tokens} tokens"
-            raise InvalidFieldError(f"spans[{index}].end_token", problem)
-        if span.end_token - span.begin_token == num_prompt_tokens:
+    return tuple(Span(span.name, span.begin_token, span.end_token) for span in messages)
+
+
+def check_spans(field: str, spans: Sequence[Span], num_prompt_tokens: int) -> None:
+    """Raises InvalidFieldError for a span that is empty or ends behind the prompt."""
+    for index, span in enumerate(spans):
+        if not span.begin < span.end <= num_prompt_tokens:
+            limit = f"must be above begin_token and at most the prompt's length, {num_prompt_tokens}"
+            raise InvalidFieldError(f"{field}[{index}].end_token", f"{limit}, not {span.end}")
+
+
+def check_ablated(spans: Sequence[Span], num_prompt_tokens: int) -> None:
+    """That there is something to leave out, and something left. Raises InvalidFieldError."""
+    if not spans:
+        raise InvalidFieldError("spans", "there must be at least one")
+    check_spans("spans", spans, num_prompt_tokens)
+    for index, span in enumerate(spans):
+        if span.end - span.begin == num_prompt_tokens:
             raise InvalidFieldError(f"spans[{index}]", "must not be the whole prompt: the answer must follow something")
 
 

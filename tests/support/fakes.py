@@ -21,9 +21,11 @@ from pagestream.server.events import Delta, Event, Failed, Finished
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Job, Publication, with_others
 from pagestream.server.metrics import Metrics
+from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
+from pagestream.server.stats import StatsRequest
 from tests.support.waiting import WAIT
 
 END = 256  # the token that ends an answer
@@ -157,10 +159,12 @@ class Rig:
         readers: ReaderLimits | None = None,
         target_gap: float = 1e6,
         speculation: bool = False,
+        attention_every: int = 0,
+        runner: EchoRunner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
-        self.runner = EchoRunner()
+        self.runner = runner or EchoRunner()
         self.recorder = Recorder()
         self.gone = threading.Event()
         self.pool = BlockPool(num_blocks, block_size)
@@ -175,6 +179,7 @@ class Rig:
             limits or QueueLimits(1000, 1_000_000),
             readers or ReaderLimits(10_000, 1e9),  # a Recorder reads nothing
             Pace(target_gap),
+            Observer(metrics, attention_every, clock),
             publish or self.recorder.publish,
             on_fault or self.gone.set,
             clock,
@@ -200,6 +205,7 @@ def make_job(
     queue_deadline: float | None = None,
     stop_strings: tuple[str, ...] = (),
     progress_interval: float = 0.0,
+    stats: StatsRequest | None = None,
 ) -> Job:
     tokens = list(prompt.encode())
     return Job(
@@ -209,6 +215,7 @@ def make_job(
         deadline,
         queue_deadline,
         progress_interval,
+        stats=stats or StatsRequest(),
     )
 
 
