@@ -219,6 +219,13 @@ def make_job(
     )
 
 
+def make_scored(request_id: str, prompt: str, answer: str, received: float, *, internal: bool = False) -> Job:
+    """A job that scores a given answer."""
+    read, given = list((prompt + answer[:-1]).encode()), list(answer.encode())
+    request = Request(request_id, read, SamplingParams(logprobs=1), 1, given=given)
+    return Job(request, TextStream(ByteTokenizer()), received, internal=internal)
+
+
 def make_answers(request_id: str, count: int, **settings: Any) -> list[Job]:
     """Jobs for several answers to one prompt."""
     first = make_job(request_id, **settings)
