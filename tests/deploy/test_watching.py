@@ -34,7 +34,8 @@ def need(tool: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(serve: Callable[..., ServerProcess], tiny_model_path: Path) -> ServerProcess:
-    return serve(tiny_model_path, "--max-running", "3", "--max-queue-requests", "8")
+    # int8: there speculation is on, and the kernels say how long they took
+    return serve(tiny_model_path, "--dtype", "int8", "--max-running", "3", "--max-queue-requests", "8")
 
 
 @pytest.fixture(scope="module")
