@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from pagestream.server.config import (
     let_idle_threads_sleep,
     load_config,
 )
+from pagestream.server.health import health
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
 FAILED, USAGE, NO_MODEL, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes; 0 is a clean end
@@ -90,6 +92,15 @@ def serve(
         float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
     ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
+    canary_interval: Annotated[
+        float | None, _setting("Seconds between checks of known answers; 0: none.", ServerConfig.canary_interval)
+    ] = None,
+    slo_ttft_ms: Annotated[float | None, _setting("Objective: first token.", ServerConfig.slo_ttft_ms)] = None,
+    slo_itl_ms: Annotated[float | None, _setting("Objective: p99 of the gaps.", ServerConfig.slo_itl_ms)] = None,
+    slo_e2e_s: Annotated[float | None, _setting("Objective: whole answer.", ServerConfig.slo_e2e_s)] = None,
+    attention_every: Annotated[
+        int | None, _setting("Steps between looks at attention; 0: none.", ServerConfig.attention_every)
+    ] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
 ) -> None:
     """Serves a model over gRPC until Ctrl-C or SIGTERM.
@@ -106,6 +117,8 @@ def serve(
         settings = load_config(config, flags)
     except ValueError as error:
         _fail(error, USAGE)
+    # Until the server handles it: the first process of a container does not get signals that it ignores.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     let_idle_threads_sleep()
     gc.disable()  # until the model is loaded: looking for garbage among what stays takes a tenth of the start
     from pagestream.server.app import serve as run_server  # noqa: PLC0415 - torch: seconds that --help need not wait
@@ -233,6 +246,9 @@ def pull(cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~
     except ModelError as error:
         _fail(error, NO_MODEL)
     typer.echo(path)
+
+
+app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
 
 
 def _generation(max_tokens: int | None, stop: list[str] | None, **sampling: Any) -> tuple[SamplingConfig, StopConfig]:
