@@ -47,7 +47,7 @@ _X86_BUILDS: _Builds = {
     "rows": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
 _OTHER_BUILDS: _Builds = {source: {"baseline": ()} for source in _X86_BUILDS}
-_PORTABLE = ("thread_pool", "operators", "decoder")
+_PORTABLE = ("thread_pool", "operators", "decoder", "observer")
 _CUDA_SOURCES = _SOURCES / "cuda"
 _HEAD_SIZES = (64, 80, 96, 128)
 _CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100f", "120f")  # f: and later ones of the family
