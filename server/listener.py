@@ -23,7 +23,7 @@ from pagestream.v1.insight_pb2_grpc import add_InsightServiceServicer_to_server
 from pagestream.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from pagestream.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 
-LIVENESS = "liveness"  # a health name that is SERVING as long as the process answers
+LIVENESS = "liveness"  # a health name: SERVING until only a new process can help
 SERVICES = tuple(
     service.full_name
     for file in (generation_pb2, insight_pb2, tokenizer_pb2, model_pb2)
@@ -77,6 +77,10 @@ class Listener:
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *SERVICES):
             await self._health.set(name, state)
+
+    async def lose_liveness(self) -> None:
+        """Asks whoever started the process to start another."""
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self) -> None:
         """Lets answers that are being written go out, then closes every connection."""
