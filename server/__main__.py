@@ -235,6 +235,14 @@ def pull(cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~
     typer.echo(path)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def loadtest(arguments: typer.Context) -> None:
+    """Measures a server as its clients see it, and what long prompts cost: [bold]pagestream loadtest --help[/]."""
+    from pagestream.loadtest.cli import app as loadtest_app  # noqa: PLC0415 - no server needs it
+
+    loadtest_app(arguments.args, prog_name="pagestream loadtest")
+
+
 def _generation(max_tokens: int | None, stop: list[str] | None, **sampling: Any) -> tuple[SamplingConfig, StopConfig]:
     """Settings as messages; None stays unset. The server knows the ranges, the messages only their integer types."""
     try:
