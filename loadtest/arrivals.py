@@ -125,6 +125,7 @@ class TraceArrivals(OpenLoop):
 
     def __post_init__(self) -> None:
         require(self.speed > 0, "speed must be above 0")
+        read_trace(self.file)
 
     def times(self, random: Random) -> Iterator[float]:  # noqa: ARG002
         return (entry.at / self.speed for entry in read_trace(self.file))

@@ -85,6 +85,7 @@ def _run_one(plan: Plan, objectives: Objectives, url: str | None, folder: Path) 
     from pagestream.loadtest.report import live_view, print_summary  # noqa: PLC0415
     from pagestream.loadtest.run import Progress  # noqa: PLC0415
     from pagestream.loadtest.run import run as run_plan  # noqa: PLC0415
+    from pagestream.loadtest.spec import SpecError  # noqa: PLC0415
     from pagestream.loadtest.target import TargetError  # noqa: PLC0415
 
     console = Console()
@@ -111,6 +112,8 @@ def _run_one(plan: Plan, objectives: Objectives, url: str | None, folder: Path) 
     try:
         with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
             summary = asyncio.run(work(live))
+    except SpecError as error:
+        _fail(error, USAGE)
     except TargetError as error:
         _fail(error, UNREACHABLE)
     except asyncio.CancelledError:

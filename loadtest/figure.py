@@ -14,6 +14,7 @@ from cycler import cycler
 mpl.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -82,13 +83,14 @@ def token_axis(axes: Axes, label: str) -> None:
     axes.set_xlabel(label)
 
 
-def seconds_axis(axes: Axes, label: str) -> None:
+def seconds_axis(axis: Axis, label: str | None = None) -> None:
     """Times on a logarithmic axis, in seconds or milliseconds as they come."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
-    axes.set_ylabel(label)
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+    if label:
+        axis.set_label_text(label)
 
 
 def duration(seconds: float) -> str:

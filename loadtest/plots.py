@@ -36,6 +36,11 @@ class Runs:
         return [record for run in self.records for record in run if record.is_clean and record.tokens]
 
     @property
+    def clean_of_first(self) -> list[Record]:
+        """Of the first run alone: moments of different runs cannot be put beside each other."""
+        return [record for record in self.records[0] if record.is_clean and record.tokens]
+
+    @property
     def samples(self) -> Samples:
         return collect(self.clean)
 
@@ -63,7 +68,7 @@ def draw_all(folders: Sequence[Path], out: Path) -> list[Path]:
         "1-first-token-by-length": lambda: _first_token(runs.clean),
         "2-gap-by-context": lambda: _gaps(runs.clean),
         "3-queue-and-prefill": lambda: _shares(runs.clean),
-        "4-victim": lambda: draw_victim(runs.clean),
+        "4-victim": lambda: draw_victim(runs.clean_of_first),
         "5-throughput-latency": lambda: draw_throughput(runs.records),
         "6-goodput": lambda: draw_goodput(runs.records, runs.objectives),
         "7-server": lambda: draw_server(runs.gauges),
@@ -90,7 +95,7 @@ def _first_token(records: Sequence[Record]) -> Figure:
         fitted = np.exp(intercept + slope * np.log(distinct))
         axes.plot(distinct, fitted, "--", color=GREY, label=f"grows as n^{slope:.2f} between these lengths")
     token_axis(axes, "prompt, tokens")
-    seconds_axis(axes, "first token after")
+    seconds_axis(axes.yaxis, "first token after")
     axes.legend()
     return figure
 
@@ -112,7 +117,7 @@ def _gaps(records: Sequence[Record]) -> Figure:
             axes.annotate(
                 f"{medians[-1] / medians[0]:.2f} times the median at {middles[0]:.0f} tokens",
                 (middles[-1], medians[-1]),
-                xytext=(-6, -14),
+                xytext=(0, -16),
                 textcoords="offset points",
                 ha="right",
                 fontsize=8.5,
@@ -167,8 +172,8 @@ def _distributions(samples: Samples) -> Figure:
             if len(ordered):
                 axes.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=f"≤ {ctx}")
         axes.set_title(TITLES[measure])
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: duration(value))
+        seconds_axis(axes.xaxis)
+        axes.tick_params("x", rotation=45)
         axes.legend(title="tokens", title_fontsize=8.5)
     panels[0].set_ylabel("share of samples at most")
     return figure
@@ -189,9 +194,8 @@ def _agreement(rows: Sequence[dict[str, Any]]) -> Figure | None:
     line = np.array([min(both) * 0.7, max(both) * 1.4])
     axes.plot(line, line, color=GREY, linewidth=1)
     axes.fill_between(line, line * 0.85, line * 1.15, color=GREY, alpha=0.25, linewidth=0, label="within 15 %")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: duration(value))
-    seconds_axis(axes, "server")
-    axes.set_xlabel("client")
+    seconds_axis(axes.yaxis, "server")
+    seconds_axis(axes.xaxis, "client")
+    axes.tick_params("x", rotation=45)
     axes.legend(loc="upper left")
     return figure

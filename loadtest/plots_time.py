@@ -20,12 +20,9 @@ _WINDOWS = 8  # that a run is cut into
 
 def draw_victim(records: Sequence[Record]) -> Figure | None:
     """The gaps of the stream that a longer prompt stalled most, and when long prompts were being read."""
-    worst, victim = 0.0, None
-    for record in records:
-        for earlier, later in pairwise(record.tokens):
-            if later - earlier > worst and _readers(records, record, earlier, later):
-                worst, victim = later - earlier, record
-    if victim is None:
+    stalls = [(_worst_stall(records, record), record) for record in records if len(record.tokens) > 2]
+    stall, victim = max(stalls, key=lambda each: each[0], default=(0.0, None))
+    if victim is None or stall <= 0:
         return None
     figure, axes = new_figure(f"A stream of {victim.prompt_tokens} tokens while longer prompts are read")
     stamps = np.array(victim.tokens)
@@ -43,10 +40,16 @@ def draw_victim(records: Sequence[Record]) -> Figure | None:
     axes.set_xlabel("seconds of the run")
     axes.set_ylabel("gap")
     axes.yaxis.set_major_formatter(lambda value, _: duration(round(value, 6)))
+    axes.margins(y=0.3)
     axes.set_ylim(bottom=0)
-    axes.margins(y=0.2)
-    axes.legend(loc="best")
+    axes.legend(loc="upper left", ncols=3)
     return figure
+
+
+def _worst_stall(records: Sequence[Record], record: Record) -> float:
+    """Its longest gap in which a longer prompt was read, less its median gap."""
+    gaps = [later - earlier for earlier, later in pairwise(record.tokens) if _readers(records, record, earlier, later)]
+    return max(gaps, default=0.0) - float(np.median(np.diff(record.tokens)))
 
 
 def _read_from(record: Record) -> float:
@@ -98,10 +101,10 @@ def draw_throughput(runs: Sequence[Sequence[Record]]) -> Figure | None:
                 median = float(np.median([record.time_to_first_token for record in mine]))
                 points.append((window.tokens_per_second, median))
         if points:
-            x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, "o-", linewidth=0.8, alpha=0.8, label=f"≤ {ctx} tokens")
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, "o", alpha=0.7, label=f"≤ {ctx} tokens")
             drawn = True
-    seconds_axis(axes, "first token after (median)")
+    seconds_axis(axes.yaxis, "first token after (median)")
     axes.set_xlabel(f"output tokens per second, all requests ({_WINDOWS} windows of each run)")
     axes.legend()
     return figure if drawn else None
@@ -121,8 +124,8 @@ def draw_goodput(runs: Sequence[Sequence[Record]], objectives: Objectives) -> Fi
             if mine:
                 points.append((window.rate, sum(map(objectives.met_by, mine)) / len(mine)))
         if points:
-            x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, "o-", linewidth=0.8, alpha=0.8, label=f"≤ {ctx} tokens")
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, "o", alpha=0.7, label=f"≤ {ctx} tokens")
             drawn = True
     axes.set_xlabel(f"requests sent per second ({_WINDOWS} windows of each run)")
     axes.set_ylabel("share")
@@ -141,8 +144,9 @@ def draw_server(gauges: Sequence[dict[str, float]]) -> Figure | None:
     pool.set_title("The server while the run lasts")
     pool.fill_between(at, [line["pagestream_kv_cache_usage_ratio"] for line in gauges], alpha=0.3, linewidth=0)
     pool.plot(at, [line["pagestream_kv_cache_usage_ratio"] for line in gauges], label="KV pool in use")
-    pool.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    pool.set_ylim(0, 1)
+    pool.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")
+    pool.margins(y=0.4)
+    pool.set_ylim(bottom=0)
     preempted = np.diff([line["pagestream_preemptions_total"] for line in gauges])
     for number, place in enumerate(np.flatnonzero(preempted)):
         label = "preemptions" if number == 0 else None

@@ -51,6 +51,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     for error in summary["errors"]:
         console.print(f"{error['count']} x {error['code']} {error['reason']}: {error['message']}", style="red")
     if summary["agreement"]:
+        if summary["faults"]:
+            console.print("requests with faults are in the server's counts alone", style="dim")
         console.print(_agreement(summary["agreement"]))
 
 

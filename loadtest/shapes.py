@@ -143,6 +143,9 @@ class TraceShape(Shape):
 
     file: Path
 
+    def __post_init__(self) -> None:
+        read_trace(self.file)
+
     def _draw(self, random: Random, seed: int, index: int, vocabulary: Vocabulary) -> Session:  # noqa: ARG002
         entries = read_trace(self.file)
         entry = entries[index % len(entries)]

@@ -1,4 +1,4 @@
-"""The wheel holds everything that is under version control in the four folders, under one name, and nothing else."""
+"""The wheel holds everything that is under version control in the five folders, under one name, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"server": "server", "model": "model", "kernels": "kernels", "protos/pagestream/v1": "v1"}
-SUFFIXES = {".py", ".pyi", ".proto", ".h", ".cpp", ".cu", ".cuh", ".typed"}
+FOLDERS = {name: name for name in ("server", "model", "kernels", "loadtest")} | {"protos/pagestream/v1": "v1"}
+SUFFIXES = {".py", ".pyi", ".proto", ".h", ".cpp", ".cu", ".cuh", ".typed", ".j2"}
 
 
 @pytest.fixture(scope="module")
