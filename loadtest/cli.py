@@ -167,6 +167,40 @@ def plot(
         typer.echo(path)
 
 
+@app.command(epilog="[dim]Exit codes: 0 drawn, 1 it contradicts the other card, 2 wrong usage, 4 no server answers.")
+def degradation(
+    *,
+    target: Annotated[str, typer.Option(help="grpc://HOST:PORT of a pagestream server.")] = "grpc://localhost:50051",
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or two: up to 1,024 tokens, few trials.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="latency, dilution or quality; other parts stay as they are in --out.", show_default="all"),
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="JSON of another card, which this one should repeat.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
+    metrics: Metrics = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the JSON and a figure.")] = Path(),
+) -> None:
+    """Measures what longer prompts cost a model, as served: seconds, attention, answers. Needs a server without other
+    work; ten minutes on two cores for 135 M parameters.
+
+    Example: [bold]pagestream loadtest degradation --out cards[/]
+    """
+    from pagestream.loadtest.degradation.command import DegradationError, draw_card  # noqa: PLC0415
+    from pagestream.loadtest.target import TargetError, metrics_url  # noqa: PLC0415
+
+    try:
+        agrees = draw_card(target, metrics or metrics_url(target), out, only, against, seed, quick=quick)
+    except DegradationError as error:
+        _fail(error, USAGE)
+    except TargetError as error:
+        _fail(error, UNREACHABLE)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if not agrees:
+        raise typer.Exit(REGRESSED)
+
+
 def _fail(error: Exception, code: int) -> NoReturn:
     typer.echo(f"pagestream loadtest: {error}", err=True)
     raise typer.Exit(code) from error
