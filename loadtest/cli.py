@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -110,7 +112,7 @@ def _run_one(plan: Plan, objectives: Objectives, url: str | None, folder: Path) 
 
     console.print(f"{plan.shape} · {plan.arrivals} → {plan.target}")
     try:
-        with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
+        with _extra(), Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
             summary = asyncio.run(work(live))
     except SpecError as error:
         _fail(error, USAGE)
@@ -157,7 +159,8 @@ def plot(
     out: Annotated[Path | None, typer.Option(help="Folder for the figures.", show_default="the first run's")] = None,
 ) -> None:
     """Draws nine figures of a run, each as PNG and SVG."""
-    from pagestream.loadtest.plots import PlotError, draw_all  # noqa: PLC0415
+    with _extra():
+        from pagestream.loadtest.plots import PlotError, draw_all  # noqa: PLC0415
 
     try:
         drawn = draw_all(runs, out or runs[0] / "plots")
@@ -186,7 +189,8 @@ def degradation(
 
     Example: [bold]pagestream loadtest degradation --out cards[/]
     """
-    from pagestream.loadtest.degradation.command import DegradationError, draw_card  # noqa: PLC0415
+    with _extra():
+        from pagestream.loadtest.degradation.command import DegradationError, draw_card  # noqa: PLC0415
     from pagestream.loadtest.target import TargetError, metrics_url  # noqa: PLC0415
 
     try:
@@ -201,6 +205,15 @@ def degradation(
         raise typer.Exit(REGRESSED)
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
-    typer.echo(f"pagestream loadtest: {error}", err=True)
-    raise typer.Exit(code) from error
+@contextmanager
+def _extra() -> Iterator[None]:
+    """What may import a library that pagestream does without."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _fail(f"this needs {error.name}: pip install 'pagestream[loadtest]'", USAGE)
+
+
+def _fail(problem: Exception | str, code: int) -> NoReturn:
+    typer.echo(f"pagestream loadtest: {problem}", err=True)
+    raise typer.Exit(code)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pagestream.loadtest.statistics import Array, Interval
 
-_ROUNDS = 1000
+_ROUNDS = 500
 _FEWEST_FOR_AICC = 6  # lengths: its correction divides by their number less 5
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from pagestream.loadtest.cli import app
 from pagestream.loadtest.record import Record, read_records
+from pagestream.server.__main__ import app as pagestream
 from pagestream.server.metric_families import GAP_SECONDS, SECONDS
 from tests.support.process import ServerProcess
 
@@ -88,6 +91,12 @@ def test_the_same_seed_sends_the_same_whoever_sends_it(server: ServerProcess, tm
         sent.append(sorted((record.session, record.prompt_tokens, record.scheduled) for record in records))
     assert sent[0] == sent[1]
     assert len(sent[0]) == 20
+
+
+def test_the_command_is_there_and_a_server_does_without_it() -> None:
+    assert "SCENARIO" in CliRunner().invoke(pagestream, ["loadtest", "run", "--help"]).output
+    look = "import sys, pagestream.server.__main__; sys.exit(any('loadtest' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
 
 
 def invoke(*arguments: str) -> Result:
