@@ -181,7 +181,7 @@ def _distributions(samples: Samples) -> Figure:
 
 def _agreement(rows: Sequence[dict[str, Any]]) -> Figure | None:
     """Quantiles of both, read from the same buckets: on the diagonal they are equal."""
-    known = [row for row in rows if row["client_count"] and row["server_count"] and row["client"] > 0]
+    known = [row for row in rows if row["client"] and row["server"]]
     if not known:
         return None
     figure, axes = new_figure("Quantiles: the server's histograms and the client's stamps", width=5.4, height=5.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -79,9 +78,13 @@ def _agreement(rows: list[dict[str, Any]]) -> Table:
     for measure, ctx in dict.fromkeys((row["measure"], row["ctx"]) for row in rows):
         mine = [row for row in rows if (row["measure"], row["ctx"]) == (measure, ctx)]
         counts = f"{mine[0]['client_count']} / {mine[0]['server_count']}"
-        pairs = ("-" if math.isnan(row["client"]) else f"{row['client']:.3g} / {row['server']:.3g}" for row in mine)
+        pairs = (f"{_short(row['client'])} / {_short(row['server'])}" for row in mine)
         table.add_row(measure, ctx, counts, *pairs, "yes" if all(row["within"] for row in mine) else "no")
     return table
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _right(name: str) -> Column:

@@ -60,7 +60,7 @@ async def run(
     after = await _scrape(metrics) if metrics else None
     grown = deltas(before, after) if before is not None and after is not None else None
     summary = summarize(progress.records, objectives, grown)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return summary
 
 

@@ -90,16 +90,17 @@ def agreement(samples: Samples, server: Series) -> list[dict[str, Any]]:
             mine = ours.get(ctx, [])
             same_buckets = Histogram.of(mine, histogram.edges)
             for quantile, q in _COMPARED.items():
+                both = bool(mine and histogram.count)
                 client, remote = same_buckets.quantile(q), histogram.quantile(q)
                 rows.append(
                     {
                         "measure": measure,
                         "ctx": ctx,
                         "quantile": quantile,
-                        "client": client,
-                        "server": remote,
-                        "client_exact": describe(mine)[quantile] if mine else math.nan,
-                        "within": abs(remote - client) <= AGREEMENT * client,
+                        "client": client if both else None,
+                        "server": remote if both else None,
+                        "client_exact": describe(mine)[quantile] if mine else None,
+                        "within": both and abs(remote - client) <= AGREEMENT * client,
                         "client_count": len(mine),
                         "server_count": int(histogram.count),
                     }

@@ -139,7 +139,7 @@ def card_figures(card: Part) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
 
     def add(name: str, title: str, draw: Any, *arguments: Any, **named: Any) -> None:
-        figures[name], axes = new_figure(title, width=6.4, height=3.9)
+        figures[name], axes = new_figure(title, width=5.4, height=3.6)
         draw(axes, *arguments, **named)
 
     if measured(card, "latency"):
