@@ -4,6 +4,7 @@ or with `--cuda`, and then still loads on a machine without either. The only pla
 
 PAGESTREAM_CPU_ISA: auto (default), amx, vnni, avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
+PAGESTREAM_KERNELS: a library that was built before, to be loaded as it is; then no compiler is asked for.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _X86_BUILDS: _Builds = {
     "rows": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
 _OTHER_BUILDS: _Builds = {source: {"baseline": ()} for source in _X86_BUILDS}
-_PORTABLE = ("thread_pool", "operators", "decoder")
+_PORTABLE = ("thread_pool", "operators", "decoder", "observer")
 _CUDA_SOURCES = _SOURCES / "cuda"
 _HEAD_SIZES = (64, 80, 96, 128)
 _CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100f", "120f")  # f: and later ones of the family
@@ -57,7 +58,6 @@ _NVCC_FLAGS = (
     "-Xptxas=-v",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     f"--threads={len(_CUDA_ARCHITECTURES)}",
-    f"-I{_CUDA_SOURCES / 'device'}",
     "-gencode=arch=compute_80,code=compute_80",  # PTX, for whatever comes later
     *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in _CUDA_ARCHITECTURES),
 )
@@ -99,6 +99,8 @@ def build(*, with_cuda: bool | None = None) -> Path:
 
     `with_cuda`: by default, where there is a CUDA device and nvcc. Raises BuildError.
     """
+    if prebuilt := os.environ.get("PAGESTREAM_KERNELS"):
+        return Path(prebuilt)
     compiler = os.environ.get("CXX", "g++")
     if with_cuda is None:
         with_cuda = torch.cuda.is_available() and nvcc() is not None
@@ -140,7 +142,10 @@ def _compile(compiler: str, cuda_compiler: str | None, folder: Path) -> None:
     commands = {name: [compiler, *_FLAGS, *arguments] for name, arguments in _cpp_commands(cuda_compiler).items()}
     link = [compiler, "-shared", "-pthread"]
     if cuda_compiler is not None:
-        commands |= {name: [cuda_compiler, *_NVCC_FLAGS, *arguments] for name, arguments in _cuda_commands().items()}
+        commands |= {
+            name: [cuda_compiler, *_NVCC_FLAGS, f"-I{_CUDA_SOURCES / 'device'}", *arguments]
+            for name, arguments in _cuda_commands().items()
+        }
         link = [cuda_compiler, "-shared", "-cudart=static", "-Xcompiler=-pthread"]
     log = _run_all([[*command, "-o", str(folder / name)] for name, command in commands.items()])
     log += _run_all([[*link, *(str(folder / name) for name in commands), *libraries, "-o", str(folder / _LIBRARY)]])

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 
 from pagestream.model.default_model import fetch_default_model
 from pagestream.model.errors import ModelError
 from pagestream.server.chat import run_chat
-from pagestream.server.client import Answer, CallError, Client, UnreachableError, summary
+from pagestream.server.client import CallError, Client, UnreachableError
 from pagestream.server.config import (
     Device,
     Dtype,
@@ -28,6 +26,8 @@ from pagestream.server.config import (
     let_idle_threads_sleep,
     load_config,
 )
+from pagestream.server.health import health
+from pagestream.server.printing import print_answer, print_answers, print_events
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
 FAILED, USAGE, NO_MODEL, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes; 0 is a clean end
@@ -90,6 +90,15 @@ def serve(
         float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
     ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
+    canary_interval: Annotated[
+        float | None, _setting("Seconds between checks of known answers; 0: none.", ServerConfig.canary_interval)
+    ] = None,
+    slo_ttft_ms: Annotated[float | None, _setting("Objective: first token.", ServerConfig.slo_ttft_ms)] = None,
+    slo_itl_ms: Annotated[float | None, _setting("Objective: p99 of the gaps.", ServerConfig.slo_itl_ms)] = None,
+    slo_e2e_s: Annotated[float | None, _setting("Objective: whole answer.", ServerConfig.slo_e2e_s)] = None,
+    attention_every: Annotated[
+        int | None, _setting("Steps between looks at attention; 0: none.", ServerConfig.attention_every)
+    ] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
 ) -> None:
     """Serves a model over gRPC until Ctrl-C or SIGTERM.
@@ -106,6 +115,8 @@ def serve(
         settings = load_config(config, flags)
     except ValueError as error:
         _fail(error, USAGE)
+    # Until the server handles it: the first process of a container does not get signals that it ignores.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     let_idle_threads_sleep()
     gc.disable()  # until the model is loaded: looking for garbage among what stays takes a tenth of the start
     from pagestream.server.app import serve as run_server  # noqa: PLC0415 - torch: seconds that --help need not wait
@@ -166,41 +177,11 @@ def generate(
         request.text = prompt
     with _connect(address) as client:
         if json:
-            _print_events(client, request)
+            print_events(client, request)
         elif request.n > 1:
-            _print_answers(client, request)
+            print_answers(client, request)
         else:
-            _print_answer(client, request)
-
-
-def _print_answer(client: Client, request: GenerateStreamRequest) -> None:
-    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
-    answer = Answer()
-    try:
-        answer.receive(client.stream(request), lambda text: typer.echo(text, nl=False), terminal)
-    finally:
-        if answer.text:
-            typer.echo()  # what came of an answer that broke off ends in a line too
-    if answer.finished:
-        terminal.print(summary(answer.finished), style="dim")
-
-
-def _print_answers(client: Client, request: GenerateStreamRequest) -> None:
-    """Each whole when it ends, under its index: streams that take turns could not be read."""
-    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
-    texts: dict[int, str] = defaultdict(str)
-    with closing(client.stream(request)) as events:
-        for event in events:
-            texts[event.delta.index] += event.delta.text
-            if event.HasField("finished"):
-                typer.echo(f"[{event.finished.index}] {texts[event.finished.index]}")
-                terminal.print(summary(event.finished), style="dim")
-
-
-def _print_events(client: Client, request: GenerateStreamRequest) -> None:
-    with closing(client.stream(request)) as events:
-        for event in events:
-            typer.echo(MessageToJson(event, indent=None, preserving_proto_field_name=True))
+            print_answer(client, request)
 
 
 @app.command(epilog=_CLIENT_EPILOG)
@@ -241,6 +222,9 @@ def loadtest(arguments: typer.Context) -> None:
     from pagestream.loadtest.cli import app as loadtest_app  # noqa: PLC0415 - no server needs it
 
     loadtest_app(arguments.args, prog_name="pagestream loadtest")
+
+
+app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
 
 
 def _generation(max_tokens: int | None, stop: list[str] | None, **sampling: Any) -> tuple[SamplingConfig, StopConfig]:

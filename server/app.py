@@ -15,11 +15,13 @@ from functools import partial
 from typing import TypeVar
 
 from pagestream.server.assemble import assemble
+from pagestream.server.canary import Canary
 from pagestream.server.config import ServerConfig
 from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
 from pagestream.server.listener import Listener
 from pagestream.server.metrics import Metrics, ServerState
+from pagestream.server.objectives import Objectives
 from pagestream.server.served import ModelSlot
 from pagestream.server.streams import Streams
 from pagestream.server.watchdog import Watchdog
@@ -45,7 +47,8 @@ async def _serve(config: ServerConfig) -> int:
     stop, stop_now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
-    metrics, slot, streams = Metrics(), ModelSlot(), Streams(loop)
+    objectives = Objectives(config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000, config.slo_e2e_s)
+    metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
     listener = Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics)
     http = start_http(config.http_port, config.host, metrics)
@@ -69,8 +72,10 @@ async def _serve(config: ServerConfig) -> int:
             metrics.state = ServerState.READY
             log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
             watching = loop.create_task(_watch_engine(model.engine, listener, metrics))
+            canary = loop.create_task(Canary(model, streams, tokenizing, metrics, config.canary_interval).run())
             await stopping
             watching.cancel()
+            canary.cancel()
             await _drain(model.engine, listener, streams, metrics, config.drain_seconds, stop_now)
     finally:
         lag.cancel()

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {name: name for name in ("server", "model", "kernels", "loadtest")} | {"protos/pagestream/v1": "v1"}
-SUFFIXES = {".py", ".pyi", ".proto", ".h", ".cpp", ".cu", ".cuh", ".typed", ".j2"}
+SUFFIXES = {".py", ".pyi", ".proto", ".h", ".cpp", ".cu", ".cuh", ".typed", ".j2", ".html", ".css", ".js", ".txt"}
 
 
 @pytest.fixture(scope="module")
