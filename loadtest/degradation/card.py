@@ -125,7 +125,7 @@ def _quality(server: Server, longest: int, effort: Effort, seed: int, progress: 
                 run("key-value", iter(pairs)),
                 "exact",
                 digit,
-                "lines such as `amber-123: 45678`, one asked for at five depths of each list; five digits",
+                "lines such as amber-123: 45678, one asked for at five depths of each list; five digits",
                 effective=True,
             )
         ),

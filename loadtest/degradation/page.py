@@ -34,7 +34,7 @@ def write(card: dict[str, Any], folder: Path, name: str, document: str) -> list[
     if all(measured(card, part) for part in ("latency", "dilution", "quality")):
         paths.append(folder / f"{name}.png")
         with styled():
-            overview(card).savefig(paths[2])
+            overview(card).savefig(paths[2], dpi=100)
     return paths
 
 
