@@ -5,21 +5,18 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 
 from pagestream.model.default_model import fetch_default_model
 from pagestream.model.errors import ModelError
 from pagestream.server.chat import run_chat
-from pagestream.server.client import Answer, CallError, Client, UnreachableError, summary
+from pagestream.server.client import CallError, Client, UnreachableError
 from pagestream.server.config import (
     Device,
     Dtype,
@@ -30,6 +27,7 @@ from pagestream.server.config import (
     load_config,
 )
 from pagestream.server.health import health
+from pagestream.server.printing import print_answer, print_answers, print_events
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
 FAILED, USAGE, NO_MODEL, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes; 0 is a clean end
@@ -179,41 +177,11 @@ def generate(
         request.text = prompt
     with _connect(address) as client:
         if json:
-            _print_events(client, request)
+            print_events(client, request)
         elif request.n > 1:
-            _print_answers(client, request)
+            print_answers(client, request)
         else:
-            _print_answer(client, request)
-
-
-def _print_answer(client: Client, request: GenerateStreamRequest) -> None:
-    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
-    answer = Answer()
-    try:
-        answer.receive(client.stream(request), lambda text: typer.echo(text, nl=False), terminal)
-    finally:
-        if answer.text:
-            typer.echo()  # what came of an answer that broke off ends in a line too
-    if answer.finished:
-        terminal.print(summary(answer.finished), style="dim")
-
-
-def _print_answers(client: Client, request: GenerateStreamRequest) -> None:
-    """Each whole when it ends, under its index: streams that take turns could not be read."""
-    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
-    texts: dict[int, str] = defaultdict(str)
-    with closing(client.stream(request)) as events:
-        for event in events:
-            texts[event.delta.index] += event.delta.text
-            if event.HasField("finished"):
-                typer.echo(f"[{event.finished.index}] {texts[event.finished.index]}")
-                terminal.print(summary(event.finished), style="dim")
-
-
-def _print_events(client: Client, request: GenerateStreamRequest) -> None:
-    with closing(client.stream(request)) as events:
-        for event in events:
-            typer.echo(MessageToJson(event, indent=None, preserving_proto_field_name=True))
+            print_answer(client, request)
 
 
 @app.command(epilog=_CLIENT_EPILOG)
@@ -246,6 +214,14 @@ def pull(cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~
     except ModelError as error:
         _fail(error, NO_MODEL)
     typer.echo(path)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def loadtest(arguments: typer.Context) -> None:
+    """Measures a server as its clients see it, and what long prompts cost: [bold]pagestream loadtest --help[/]."""
+    from pagestream.loadtest.cli import app as loadtest_app  # noqa: PLC0415 - no server needs it
+
+    loadtest_app(arguments.args, prog_name="pagestream loadtest")
 
 
 app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
