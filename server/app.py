@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging
 import signal
 import threading
@@ -14,14 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from pagestream.server.admin import AdminListener, AdminService
 from pagestream.server.assemble import assemble
 from pagestream.server.config import ServerConfig
+from pagestream.server.door import Door
 from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
+from pagestream.server.keys import KeyFile
 from pagestream.server.listener import Listener
+from pagestream.server.logs import log_call, set_up_logging
 from pagestream.server.metrics import Metrics, ServerState
 from pagestream.server.served import ModelSlot
 from pagestream.server.streams import Streams
+from pagestream.server.tls import TlsFiles
 from pagestream.server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -34,9 +40,10 @@ _LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
 def serve(config: ServerConfig) -> int:
     """Serves until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
 
-    Raises ModelError if the model cannot be loaded and OSError if a port is taken.
+    Raises ModelError if the model cannot be loaded and OSError if a port is taken or a file of certificates or keys
+    cannot be used.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    set_up_logging(config.log_format)
     return asyncio.run(_serve(config))
 
 
@@ -47,12 +54,21 @@ async def _serve(config: ServerConfig) -> int:
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
     metrics, slot, streams = Metrics(), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
-    listener = Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics)
+    door = Door(KeyFile(config.keys_file) if config.keys_file else None)
+    sinks = [log_call]
+    listener = Listener(
+        config.host, config.grpc_port, slot, streams, tokenizing, metrics, _tls_files(config), door, sinks
+    )
     http = start_http(config.http_port, config.host, metrics)
+    operating = AdminService(metrics, streams, stop.set)
+    admin = AdminListener(config.admin_socket, operating) if config.admin_socket else None
     lag = loop.create_task(_watch_loop_lag(metrics))
     try:
         await listener.start()
         log.info("gRPC on %s:%d; metrics on http://%s:%d/metrics", config.host, listener.port, config.host, http.port)
+        _warn_if_open(config)
+        if admin:
+            await admin.start()
 
         def on_fault() -> None:
             asyncio.run_coroutine_threadsafe(_lose_readiness(listener, metrics), loop)
@@ -75,10 +91,32 @@ async def _serve(config: ServerConfig) -> int:
     finally:
         lag.cancel()
         await listener.stop()
+        if admin:
+            await admin.stop()
         http.close()
         tokenizing.shutdown(wait=False, cancel_futures=True)
     log.info("stopped")
     return 0
+
+
+def _tls_files(config: ServerConfig) -> TlsFiles | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+
+
+def _warn_if_open(config: ServerConfig) -> None:
+    missing = [] if config.tls_cert else ["no TLS (--tls-cert, --tls-key)"]
+    missing += [] if config.keys_file or config.tls_client_ca else ["no tokens (--keys-file)"]
+    if missing and not _is_loopback(config.host):
+        log.warning("%s is open to its network with %s", config.host, " and ".join(missing))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _lose_readiness(listener: Listener, metrics: Metrics) -> None:

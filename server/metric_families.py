@@ -35,6 +35,9 @@ REJECTION_REASONS = (  # those of errors.py, in lower case
     "no_chat_template",
     "duplicate_request_id",
     "engine_fault",
+    "unauthenticated",
+    "key_limit",
+    "key_busy",
 )
 
 LabelValues = tuple[str, ...]  # of one series, in the order of Family.labels

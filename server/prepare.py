@@ -11,6 +11,7 @@ from functools import partial
 from pagestream.model.chat_template import TemplateError
 from pagestream.model.text_stream import TextStream
 from pagestream.server import validate
+from pagestream.server.call import current_call
 from pagestream.server.errors import (
     InvalidFieldError,
     NoChatTemplateError,
@@ -34,8 +35,8 @@ async def prepare(
     tokenizing: Executor,
     metrics: Metrics,
 ) -> list[Job]:
-    """A job for each answer. Raises the refusals that need no queue: a bad field, a prompt too long for the model or
-    for the pool."""
+    """A job for each answer. Raises the refusals that need no queue: a bad field, a prompt too long for the model,
+    for the pool or for the caller's key."""
     tokenizer = model.tokenizer
     validate.check_prompt(message, model.vocab_size)
     stop = validate.stop_rules(message.stop, tokenizer.eos_token_ids, model.vocab_size)
@@ -58,8 +59,10 @@ async def prepare(
         raise PromptExceedsModelContextError(len(prompt), model.max_context)
     if len(prompt) >= model.kv_capacity_tokens:
         raise PromptExceedsKvCapacityError(len(prompt), model.kv_capacity_tokens)
+    current_call().key.check_prompt(len(prompt))
     room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
-    wanted = stop.max_tokens if stop.max_tokens is not None else room + 1
+    longest = current_call().key.answer_tokens(stop.max_tokens)
+    wanted = longest if longest is not None else room + 1
     text = partial(
         TextStream,
         tokenizer,
