@@ -115,11 +115,14 @@ def test_the_tenant_is_the_keys_own_word(locked: Service) -> None:
     locked.rig.runner.hold()
     said = ("x-pagestream-tenant", "shared")
     callers = [("one",), ("one", said), ("three",), ("three", said), ("four",)]
-    calls = [open_stream(locked, token, *more, text="x", stop=stop(1)) for token, *more in callers]
+    calls = [
+        open_stream(locked, token, *more, text="x", stop=stop(1), request_id=str(index))
+        for index, (token, *more) in enumerate(callers)
+    ]
     for call in calls:
         next(call)
-    jobs = sorted(locked.streams.jobs, key=lambda job: job.received)
-    plain, plain_said, *shared = [job.request.tenant for job in jobs]
+    tenants = {job.request.request_id: job.request.tenant for job in locked.streams.jobs}
+    plain, plain_said, *shared = [tenants[str(index)] for index in range(len(callers))]
     assert len({plain, plain_said, *shared}) == 3
     assert len(set(shared)) == 1
     locked.rig.runner.allow()
