@@ -7,6 +7,7 @@ usage: python -m tests.support.fuzz_files [--count N] [--first SEED] [--out FOLD
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import random
@@ -207,10 +208,8 @@ def open_as_a_server_does(path: Path) -> None:
     ids = tokenizer.encode("The café 日本 <s>\x00", add_special_tokens=True)
     tokenizer.decode(ids)
     if tokenizer.chat_template is not None:
-        try:
+        with contextlib.suppress(TemplateError):
             tokenizer.chat_template.render([{"role": "user", "content": "x"}], add_generation_prompt=True)
-        except TemplateError:
-            pass
 
 
 def fuzz(samples: list[Path], seeds: range, report: Callable[[int], None]) -> dict[str, Any]:
@@ -259,11 +258,23 @@ def fuzz(samples: list[Path], seeds: range, report: Callable[[int], None]) -> di
     }
 
 
+def report_result(name: str, result: dict[str, Any], out: Path | None) -> None:
+    """As the last line of the output, and with date, commit and machine in a file."""
+    if out is None:
+        print(json.dumps(result))  # noqa: T201 - read by a test
+        return
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from record import save
+
+    save(name, result, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first file")
     parser.add_argument("--progress", type=Path, help="file for the seed in work")
+    parser.add_argument("--out", type=Path, help="folder for the result")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with tempfile.TemporaryDirectory() as folder:
@@ -276,7 +287,7 @@ def main() -> None:
                 options.progress.write_text(str(seed))
 
         result = fuzz(samples, range(options.first, options.first + options.count), report)
-    print(json.dumps(result))  # noqa: T201 - read by the test and by fuzz.py
+    report_result("fuzz_files", result, options.out)
     sys.exit(1 if result["untyped"] else 0)
 
 
