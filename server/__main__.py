@@ -26,7 +26,7 @@ from pagestream.server.config import (
     let_idle_threads_sleep,
     load_config,
 )
-from pagestream.server.operate import admin, token_command
+from pagestream.server.operate import admin, doctor, token_command
 from pagestream.server.printing import print_answer, print_answers, print_events
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
@@ -225,6 +225,7 @@ def pull(cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~
 
 app.command("token", epilog="[dim]Exit codes: 0 made, 2 wrong usage.")(token_command)
 app.command(epilog=_CLIENT_EPILOG)(admin)
+app.command(epilog="[dim]Exit codes: 0 all is well, 1 something is missing, 2 bad setting.")(doctor)
 
 
 def _generation(max_tokens: int | None, stop: list[str] | None, **sampling: Any) -> tuple[SamplingConfig, StopConfig]:

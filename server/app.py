@@ -10,17 +10,18 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pagestream.server.admin import AdminListener, AdminService
 from pagestream.server.assemble import assemble
-from pagestream.server.config import ServerConfig
+from pagestream.server.config import ServerConfig, wants_traces
 from pagestream.server.door import Door
 from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
+from pagestream.server.interceptor import Sink
 from pagestream.server.keys import KeyFile
 from pagestream.server.listener import Listener
 from pagestream.server.logs import log_call, set_up_logging
@@ -29,6 +30,9 @@ from pagestream.server.served import ModelSlot
 from pagestream.server.streams import Streams
 from pagestream.server.tls import TlsFiles
 from pagestream.server.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from pagestream.server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,11 +58,8 @@ async def _serve(config: ServerConfig) -> int:
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
     metrics, slot, streams = Metrics(), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
-    door = Door(KeyFile(config.keys_file) if config.keys_file else None)
-    sinks = [log_call]
-    listener = Listener(
-        config.host, config.grpc_port, slot, streams, tokenizing, metrics, _tls_files(config), door, sinks
-    )
+    tracer = _tracer(metrics) if wants_traces() else None
+    listener = _listener(config, slot, streams, tokenizing, metrics, [log_call, *([tracer] if tracer else [])])
     http = start_http(config.http_port, config.host, metrics)
     operating = AdminService(metrics, streams, stop.set)
     admin = AdminListener(config.admin_socket, operating) if config.admin_socket else None
@@ -95,14 +96,34 @@ async def _serve(config: ServerConfig) -> int:
             await admin.stop()
         http.close()
         tokenizing.shutdown(wait=False, cancel_futures=True)
+        if tracer:
+            await asyncio.to_thread(tracer.close)
     log.info("stopped")
     return 0
 
 
-def _tls_files(config: ServerConfig) -> TlsFiles | None:
-    if config.tls_cert is None or config.tls_key is None:
+def _listener(
+    config: ServerConfig,
+    slot: ModelSlot,
+    streams: Streams,
+    tokenizing: ThreadPoolExecutor,
+    metrics: Metrics,
+    sinks: Sequence[Sink],
+) -> Listener:
+    tls = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    door = Door(KeyFile(config.keys_file) if config.keys_file else None)
+    return Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics, tls, door, sinks)
+
+
+def _tracer(metrics: Metrics) -> Tracer | None:
+    try:
+        from pagestream.server.tracing import Tracer  # noqa: PLC0415 - an extra, and only where it is wanted
+    except ImportError as error:
+        log.warning("no spans are sent: %s (pip install 'pagestream[otel]')", error)
         return None
-    return TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    return Tracer(lambda: metrics.status().model)
 
 
 def _warn_if_open(config: ServerConfig) -> None:

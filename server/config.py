@@ -1,6 +1,6 @@
 """The settings of a server: defaults, overruled by a TOML file, overruled by flags.
 
-The one file of this folder that reads the environment (XDG_CACHE_HOME).
+The one file of this folder that reads the environment (XDG_CACHE_HOME, and whether OpenTelemetry is set up there).
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ _UNITS = {
 def default_cache_dir() -> Path:
     """Where models are kept: `pagestream` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream"
+
+
+def wants_traces() -> bool:
+    """Whether the environment names a receiver of OpenTelemetry spans."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(os.environ.get(name) for name in names)
 
 
 def let_idle_threads_sleep() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -100,8 +101,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
             await status.abort(context, error)
         except (grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
             raise  # gRPC's own ways to end a call
-        except Exception:
-            log.exception("%s failed", call.method)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client must hear of it in a typed status
+            # Not the error's own words, which may quote a prompt.
+            trace = "".join(traceback.format_tb(error.__traceback__))
+            log.error("%s failed: %s\n%s", call.method, type(error).__name__, trace)  # noqa: TRY400 - see above
             await status.abort(context, EngineFaultError("the call failed inside the server"))
         finally:
             self._metrics.call_handled(call.method, _code(context))

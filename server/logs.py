@@ -16,6 +16,7 @@ from pagestream.server.call import Call
 from pagestream.server.config import LogFormat
 
 _PLAIN = re.compile(r"[\w.:/#+-]+", re.ASCII)
+_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _log = logging.getLogger("pagestream.request")
 
 
@@ -39,6 +40,9 @@ def call_facts(call: Call) -> dict[str, Any]:
         facts["reason"] = call.error.reason
     if call.key.name:
         facts["key"] = call.key.name
+    trace = _TRACE.fullmatch(call.traceparent)
+    if trace:
+        facts["trace_id"] = trace[1]
     facts["seconds"] = round(call.seconds, 6)
     if call.jobs:
         request, timings = call.jobs[0].request, call.jobs[0].timings()

@@ -10,6 +10,7 @@ import grpc
 import typer
 from google.protobuf.json_format import MessageToJson
 
+from pagestream.server.config import load_config
 from pagestream.server.keys import LIMITS, new_token, parse_key
 from pagestream.v1.admin_pb2 import DrainRequest, GetStateRequest, SetLogLevelRequest
 from pagestream.v1.admin_pb2_grpc import AdminServiceStub
@@ -46,6 +47,31 @@ def token_command(
         typer.echo(f"{field} = {json.dumps(value)}")  # of such values also TOML
     typer.echo()
     typer.echo(token, err=True)
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="As for [bold]serve[/].", show_default="default")] = None,
+    *,
+    config: Annotated[Path | None, typer.Option(help="The server's TOML file.", show_default="none")] = None,
+) -> None:
+    """Looks at processor, compiler, kernels, GPU, memory, ports and model, and says what to do about what is missing.
+
+    Example: [bold]pagestream doctor --config server.toml[/]
+    """
+    try:
+        settings = load_config(config, {} if model is None else {"model": model})
+    except ValueError as error:
+        typer.echo(f"pagestream: {error}", err=True)
+        raise typer.Exit(2) from error
+    from pagestream.server.doctor import examine  # noqa: PLC0415 - torch: seconds that --help need not wait
+
+    healthy = True
+    for finding in examine(settings):
+        healthy = healthy and finding.good
+        typer.echo(f"{'✓' if finding.good else '✗'} {finding.what}: {finding.found}")
+        if finding.advice:
+            typer.echo(f"    → {finding.advice}")
+    raise typer.Exit(0 if healthy else 1)
 
 
 def admin(

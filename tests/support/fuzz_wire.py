@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ async def storm(address: str, seeds: range) -> Counter[str]:
         for seed in share:
             outcomes[await _call(channel, seed)] += 1
 
-    while part := [seed for seed, _ in zip(numbers, range(CALLS_PER_CONNECTION), strict=False)]:
+    while part := list(islice(numbers, CALLS_PER_CONNECTION)):
         async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             await asyncio.gather(*(work(channel, part[lane::AT_ONCE]) for lane in range(AT_ONCE)))
         for seed in part[: max(1, len(part) // 500)]:
