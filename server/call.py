@@ -23,6 +23,7 @@ class Call:
     received_unix: float = field(default_factory=time.time)
     error: RequestError | None = None  # what ended it with a status
     jobs: Sequence[Job] = ()  # what the engine took on for it
+    is_complete: bool = False  # its handler came to its end
     status: str = ""  # name of the grpc.StatusCode, once it is over
     seconds: float = 0.0
 

@@ -97,6 +97,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             self._door.enter(call.key)
             context.add_done_callback(lambda _context: self._door.leave(call.key))  # type: ignore[arg-type]
             yield
+            call.is_complete = True
         except RequestError as error:
             await status.abort(context, error)
         except (grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
@@ -107,10 +108,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
             log.error("%s failed: %s\n%s", call.method, type(error).__name__, trace)  # noqa: TRY400 - see above
             await status.abort(context, EngineFaultError("the call failed inside the server"))
         finally:
-            self._metrics.call_handled(call.method, _code(context))
+            self._metrics.call_handled(call.method, _code(call, context))
 
     def _over(self, call: Call, context: Context) -> None:
-        call.end(_code(context))
+        call.end(_code(call, context))
         for sink in self._sinks:
             sink(call)
 
@@ -122,9 +123,11 @@ def _parse(data: bytes, parse: Callable[[bytes], Any]) -> Any:
         raise InvalidFieldError("request", "is not a message of the type that this method takes") from None
 
 
-def _code(context: Context) -> str:
-    """The status as a name: what the handler set, CANCELLED for a client that left, else OK."""
+def _code(call: Call, context: Context) -> str:
+    """The status as a name: what the handler set, OK if it came to its end, CANCELLED for a client that left before
+    (`context.cancelled()` is false then).
+    """
     code = context.code()
     if code:
         return code.name if isinstance(code, grpc.StatusCode) else _NAMES[code]
-    return "CANCELLED" if context.cancelled() else "OK"
+    return "OK" if call.is_complete else "CANCELLED"

@@ -94,11 +94,13 @@ async def prepare(
 
 def _tokenize(message: validate.GenerateMessage, model: ServedModel) -> list[int]:
     if message.WhichOneof("prompt") == "text":
+        validate.check_text("text", message.text, model.max_context)
         prompt = model.tokenizer.encode(message.text, add_special_tokens=True)
         if not prompt:
             raise InvalidFieldError("text", "has no tokens")
         return prompt
     text = render_chat(message.chat, model, add_generation_prompt=True)
+    validate.check_text("chat.messages", text, model.max_context)
     return model.tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
 

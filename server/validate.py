@@ -25,6 +25,8 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_REQUEST_ID_BYTES = 128
+_TEXT_BYTES_PER_TOKEN = 128  # more than the longest tokens there are; text has 4
+_LEAST_TEXT_BYTES = 8 * 2**20  # is always tokenised, to tell how many tokens it has
 
 _PRIORITIES = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
@@ -111,6 +113,13 @@ def check_prompt(request: GenerateMessage, vocab_size: int) -> None:
             for index, message in enumerate(request.chat.messages):
                 if not message.role:
                     raise InvalidFieldError(f"chat.messages[{index}].role", "must not be empty")
+
+
+def check_text(field: str, text: str, max_context: int) -> None:
+    """Raises InvalidFieldError for a text so long that tokenising it, seconds a MB, can only end in a refusal."""
+    most = max(_LEAST_TEXT_BYTES, _TEXT_BYTES_PER_TOKEN * max_context)
+    if len(text.encode()) > most:
+        raise InvalidFieldError(field, f"must have at most {most} bytes")
 
 
 def num_answers(request: GenerateMessage) -> int:

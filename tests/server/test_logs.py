@@ -125,9 +125,12 @@ def _ends(service: Service) -> str:
             list(call)
         except grpc.RpcError as error:
             said += [str(error.details()), str(error.trailing_metadata())]  # type: ignore[attr-defined]
+    service.rig.runner.hold()
     waiting = service.client.open(text=SECRET, tenant=SECRET)
     next(waiting)
     waiting.cancel()
+    wait_until(lambda: not service.streams.jobs, "the server has seen it")
+    service.rig.runner.allow()
     strange = service.client.channel.unary_unary("/pagestream.v1.GenerationService/Generate")
     with refused("INVALID_ARGUMENT", "INVALID_FIELD") as refusal:
         strange(b"\xff" + SECRET.encode(), timeout=WAIT, metadata=(("authorization", f"Bearer {SECRET}"),))
@@ -148,6 +151,13 @@ def test_no_text_of_a_client_is_logged_measured_or_sent_back(make_service: MakeS
     wait_until(service.is_idle, "all calls are over")
     for reason in ("INVALID_FIELD", "UNKNOWN_MODEL", "PROMPT_EXCEEDS", "ENGINE_FAULT", "DRAINING", "status=CANCELLED"):
         assert reason in logged.getvalue(), reason
+    handled = service.metrics.read().values["grpc_server_handled_total"]
+    assert {code for (_, code), count in handled.items() if count} >= {
+        "OK",
+        "CANCELLED",
+        "INVALID_ARGUMENT",
+        "INTERNAL",
+    }
     for place in (ends, logged.getvalue(), generate_latest(make_registry(service.metrics)).decode()):
         assert SECRET not in place
 
