@@ -26,11 +26,11 @@ PYTEST = (*PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
 SHORT = ("tests/kernels/test_cuda_device.py", "-k", "window or float8 or padded")
 # Programs, arguments, and seconds after which a step is given up: 9 minutes in all.
 STEPS: dict[str, tuple[tuple[str, ...], int]] = {
-    "build": ((*PYTHON, "-m", "pagestream.kernels.build", "--cuda"), 150),
-    "operators": ((*PYTEST, "tests/kernels"), 120),
+    "build": ((*PYTHON, "-m", "pagestream.kernels.build", "--cuda"), 130),
+    "operators": ((*PYTEST, "tests/kernels"), 100),
     "memcheck": (("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, *SHORT), 60),
     "racecheck": (("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *PYTEST, *SHORT), 60),
-    "benchmark": ((*PYTHON, "-m", "pagestream.kernels.bench_cuda"), 120),
+    "benchmark": ((*PYTHON, "-m", "pagestream.kernels.bench_cuda"), 160),
     "model": ((*PYTEST, "tests/model"), 30),
 }
 

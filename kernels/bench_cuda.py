@@ -8,15 +8,13 @@ written) and a float32 sum over 2 GiB (bytes read). Then, for 32 query and 8 KV 
 - prefill: 2,048 rows at the end of 8k tokens.
 
 Each case is a CUDA graph: one plan, then one call per copy of the cache, with as many copies as exceed twice L2, in
-random pages. Time per call: median of 50 replays by events. SDPA gets contiguous keys and values of one copy per call,
-and so does flash-attention when it can be imported. Prints one JSON line per case and a summary with fixed cost and
-slope (time = t0 + bytes / bandwidth, least squares over batch 1 from 4k on).
+random pages. Time per call: median of 50 replays by events. Peers are those of bench_cuda_peers.py. Prints one JSON
+line per case and a summary with fixed cost and slope (time = t0 + bytes / bandwidth, least squares over batch 1 from 4k
+on).
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import statistics
 import sys
@@ -24,10 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from pagestream.kernels import attention_workspace, paged_attention, plan_attention
+from pagestream.kernels.bench_cuda_peers import Problem, Step, peers
 
 _HEADS, _KV_HEADS, _HEAD_SIZE = 32, 8, 128
 _REPLAYS = 50
@@ -123,36 +120,13 @@ class Workload:
             )
 
 
-def peers(work: Workload) -> dict[str, Callable[[], object]]:
-    """What else computes this case: a step of each. Only equal lengths, off, bf16."""
+def peers_of(work: Workload) -> dict[str, Callable[[], Step]]:
+    """Of equal lengths, in bf16, without statistics."""
     case = work.case
     if case.zipf or case.stats != "off" or case.cache != "bfloat16" or case.page_size != 64:
         return {}
-    pages = work.tables.long()  # [copies, batch, pages]
     query = work.query.view(case.batch, case.rows, _HEADS, _HEAD_SIZE)
-
-    def contiguous(cache: Tensor, copy: int) -> Tensor:
-        return cache[pages[copy]].transpose(2, 3).flatten(1, 2).transpose(1, 2).contiguous()  # [batch, Hkv, n, D]
-
-    dense = [(contiguous(work.key_cache, i), contiguous(work.value_cache, i)) for i in range(work.copies)]
-
-    def sdpa() -> None:
-        bias = causal_lower_right(case.rows, case.context) if case.rows > 1 else None
-        for keys, values in dense:
-            torch.nn.functional.scaled_dot_product_attention(
-                query.transpose(1, 2), keys, values, attn_mask=bias, enable_gqa=True
-            )
-
-    found: dict[str, Callable[[], object]] = {"sdpa": sdpa}
-    if importlib.util.find_spec("flash_attn") is not None:
-        flash_attn = importlib.import_module("flash_attn")
-
-        def flash_attention() -> None:
-            for keys, values in dense:
-                flash_attn.flash_attn_with_kvcache(query, keys.transpose(1, 2), values.transpose(1, 2), causal=True)
-
-        found["flash_attention"] = flash_attention
-    return found
+    return peers(Problem(query, work.key_cache, work.value_cache, work.tables, case.context))
 
 
 def replay_us(step: Callable[[], object]) -> float:
@@ -192,12 +166,13 @@ def measure(case: Case, copy: float, read: float) -> dict[str, object]:
     gb_per_s = case.kv_bytes() / us / 1e3
     line = {**asdict(case), "copies": work.copies, "us": us, "gb_per_s": gb_per_s, "of_copy": gb_per_s / copy}
     line |= {"of_read": gb_per_s / read, "tflops": case.flops() / us / 1e6}
-    for name, step in peers(work).items():
+    for name, make_step in peers_of(work).items():
         try:
-            line[f"{name}_us"] = replay_us(step) / work.copies
-        except RuntimeError as error:  # out of memory, or a shape the peer refuses: said in the result
+            line[f"{name}_us"] = replay_us(make_step()) / work.copies
+        except Exception as error:  # noqa: BLE001 - out of memory, or what a peer refuses in its own way: said in the result
             line[f"{name}_error"] = str(error)[:200]
-    return line
+    times = [float(str(value)) for name, value in line.items() if name.endswith("_us")]
+    return line | {"best_peer_over_ours": min(times) / us} if times else line
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float]:

@@ -57,7 +57,6 @@ _NVCC_FLAGS = (
     "-Xptxas=-v",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     f"--threads={len(_CUDA_ARCHITECTURES)}",
-    f"-I{_CUDA_SOURCES / 'device'}",
     "-gencode=arch=compute_80,code=compute_80",  # PTX, for whatever comes later
     *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in _CUDA_ARCHITECTURES),
 )
@@ -147,7 +146,10 @@ def _compile(compiler: str, cuda_compiler: str | None, folder: Path) -> None:
     commands = {name: [compiler, *_FLAGS, *arguments] for name, arguments in _cpp_commands(cuda_compiler).items()}
     link = [compiler, "-shared", "-pthread"]
     if cuda_compiler is not None:
-        commands |= {name: [cuda_compiler, *_NVCC_FLAGS, *arguments] for name, arguments in _cuda_commands().items()}
+        commands |= {
+            name: [cuda_compiler, *_NVCC_FLAGS, f"-I{_CUDA_SOURCES / 'device'}", *arguments]
+            for name, arguments in _cuda_commands().items()
+        }
         link = [cuda_compiler, "-shared", "-cudart=static", "-Xcompiler=-pthread"]
     log = _run_all([[*command, "-o", str(folder / name)] for name, command in commands.items()])
     log += _run_all([[*link, *(str(folder / name) for name in commands), *libraries, "-o", str(folder / _LIBRARY)]])

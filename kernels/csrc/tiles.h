@@ -58,7 +58,8 @@ struct TileScratch {
 
 inline int query_parts(const AttentionParams& p) { return p.query_dtype == DType::kBFloat16 ? 1 : 2; }
 
-// The head's numbers as bfloat16 and what that leaves over, with the sign of the scale: its size multiplies the scores.
+// The head's numbers as bfloat16 and what that leaves over, times the sign of the scale (0 if it is 0): its size
+// multiplies the scores.
 template <typename T>
 void split_query(const T* query, float sign, int parts, int head_size, BFloat16* to) {
   for (int d = 0; d < head_size; d += kLanes) {
@@ -71,7 +72,7 @@ void split_query(const T* query, float sign, int parts, int head_size, BFloat16*
 
 void load_query_tiles(const AttentionParams& p, const Row& row, BFloat16* to) {
   const int64_t at = row.token * p.query_token_stride + row.head * p.query_head_stride;
-  const float sign = p.scale < 0 ? -1 : 1;
+  const float sign = (p.scale > 0) - (p.scale < 0);
   const int parts = query_parts(p);
   switch (p.query_dtype) {
     case DType::kBFloat16: return split_query(static_cast<const BFloat16*>(p.query) + at, sign, parts, p.head_size, to);
@@ -130,7 +131,7 @@ template <bool kWithStats, bool kScaled>
 void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int first, int rows, int begin, int stop,
                    Softmax* part) {
   const int count = round_up(stop - begin, kTile);
-  const float c = fabsf(p.scale) * kLog2E;
+  const float c = (p.scale == 0 ? 1 : fabsf(p.scale)) * kLog2E;  // not 0: what is masked must stay so
   for (int r = 0; r < rows; ++r) {
     const Row& row = scratch.rows[first + r];
     const int lo = max(0, row.visible_begin - begin), hi = min(stop, row.position + 1) - begin;

@@ -5,6 +5,7 @@ element, and every implementation of the operator behind one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from pagestream.kernels import build, paged_attention, reference
+from tests.kernels.host_gpu.program import HostGpu, running
+from tests.kernels.laws import Kernel
+from tests.kernels.oracle import check_against_oracle, compare
 
 ISAS = ("amx", "avx512", "avx2", "baseline")
-STATS = ("lse", "entropy", "p_max", "sink", "recent")
 
 
 @dataclass
@@ -180,10 +183,9 @@ def run(batch: Batch, operator: Callable[..., None], device: str, *, stats: bool
     )
 
 
-@pytest.fixture(params=["reference", *ISAS, pytest.param("cuda", marks=pytest.mark.gpu)])
-def attend(request: pytest.FixtureRequest) -> Iterator[Attend]:
-    """`attend(batch, stats=True, page_masses=True)` by each implementation that this machine can run."""
-    name = request.param
+@contextmanager
+def _implementation(name: str) -> Iterator[Attend]:
+    """`attend(batch, stats=True, page_masses=True)`; skips the test where this machine cannot run it."""
     operator: Callable[..., None] = reference.paged_attention if name == "reference" else paged_attention
 
     def call(batch: Batch, *, stats: bool = True, page_masses: bool = True) -> Result:
@@ -191,10 +193,14 @@ def attend(request: pytest.FixtureRequest) -> Iterator[Attend]:
 
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if name not in ISAS:
+    with forced_or_skip(name) if name in ISAS else nullcontext():
         yield call
-        return
-    with forced_or_skip(name):
+
+
+@pytest.fixture(params=["reference", *ISAS, pytest.param("cuda", marks=pytest.mark.gpu)])
+def attend(request: pytest.FixtureRequest) -> Iterator[Attend]:
+    """Each implementation that this machine can run."""
+    with _implementation(request.param) as call:
         yield call
 
 
@@ -221,65 +227,47 @@ class forced_or_skip:  # noqa: N801  # used as a context manager
         self._context.__exit__(None, None, None)
 
 
-def oracle(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Float64 from the definitions, with whole score matrices: out, stats, page masses, and sum of p_j |v_j| (what the
-    rounding of bf16 values scales with)."""
-    tokens, heads, head_size = batch.query.shape
-    max_pages, page_size = batch.block_tables.shape[1], batch.key_cache.shape[2]
-    out, spread = np.zeros((2, tokens, heads, head_size))
-    stats, masses = np.zeros((tokens, heads, 5)), np.zeros((tokens, heads, max_pages))
-    starts = batch.query_starts.tolist()
-    for s, (keys, values) in enumerate(zip(batch.keys, batch.values, strict=True)):
-        rows, key = slice(starts[s], starts[s + 1]), np.arange(len(keys))
-        position = len(keys) - starts[s + 1] + np.arange(rows.start, rows.stop)[:, None]
-        seen = (key <= position) & (key > position - (batch.window or len(keys)))
-        for h in range(heads):
-            k, v = (x[:, h * keys.shape[1] // heads].double().numpy() for x in (keys, values))
-            scores = np.where(seen, batch.scale * batch.query[rows, h].double().numpy() @ k.T, -np.inf)
-            top = scores.max(-1, keepdims=True)
-            lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
-            p = np.exp(scores - lse)
-            entropy = -(p * np.where(seen, scores - lse, 0)).sum(-1)
-            sums = (p[:, :4].sum(-1), (p * (key > position - 64)).sum(-1))
-            out[rows, h], spread[rows, h] = p @ v, p @ np.abs(v)
-            stats[rows, h] = np.stack([lse[:, 0], entropy, p.max(-1), *sums], -1)
-            np.add.at(masses[rows, h].T, key // page_size, p.T)
-    return out, stats, masses, spread
+@pytest.fixture(scope="session")
+def host_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGpu]:
+    """The CUDA kernels' source, executed on this CPU."""
+    with running(tmp_path_factory.mktemp("host_gpu")) as machine:
+        yield machine
 
 
-def compare(name: str, actual: object, expected: object, tolerance: object) -> None:
-    """Fail naming the worst element; a NaN or infinity that is not in the same place on both sides is an error."""
-    a, e = np.asarray(actual, dtype=np.float64), np.asarray(expected, dtype=np.float64)
-    assert a.shape == e.shape, f"{name}: shape {a.shape}, expected {e.shape}"
-    misplaced = (np.isnan(a) != np.isnan(e)) | ((np.isinf(a) | np.isinf(e)) & (a != e))
-    misplaced &= ~(np.isnan(a) & np.isnan(e))
-    if misplaced.any():
-        at = tuple(int(i) for i in np.argwhere(misplaced)[0])
-        raise AssertionError(f"{name}{list(at)}: {a[at]}, expected {e[at]} ({misplaced.sum()} misplaced NaN or inf)")
-    finite = np.isfinite(e)
-    with np.errstate(invalid="ignore"):  # inf - inf, where nothing is compared
-        excess = np.where(finite, np.abs(a - e) - tolerance, -np.inf)  # type: ignore[operator]
-    if excess.size and excess.max() > 0:
-        at = tuple(int(i) for i in np.unravel_index(excess.argmax(), excess.shape))
-        allowed = np.broadcast_to(np.asarray(tolerance), e.shape)[at]
-        raise AssertionError(
-            f"{name}{list(at)}: {a[at]}, expected {e[at]} within {allowed:.3g} ({(excess > 0).sum()} bad)"
-        )
+_EXACT = [(name, torch.float32) for name in ("reference", "avx512", "avx2", "baseline", "cuda")]
+_ROUNDED = [(name, torch.bfloat16) for name in ("reference", "amx", "avx512", "avx2", "host-executed CUDA", "cuda")]
 
 
-def check_against_oracle(batch: Batch, result: Result) -> None:
-    out, stats, masses, spread = oracle(batch)
-    # Of results, and of weights beside such values.
-    roundings = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.int8: 2.0**-8}
-    rounding = max(roundings.get(tensor.dtype, 0.0) for tensor in (batch.query, batch.key_cache))
-    largest_value = max(float(v.float().abs().max()) for v in batch.values)
-    compare("out", result.out, out, 5e-6 * largest_value + rounding * (np.abs(out) + spread))
-    largest_score = float(np.abs(stats[..., 0]).max(initial=0))
-    assert result.stats is not None
-    assert result.page_masses is not None
-    for i, statistic in enumerate(STATS):
-        compare(statistic, result.stats[..., i], stats[..., i], 2e-6 * max(5.0, largest_score))
-    compare("page_masses", result.page_masses, masses, 2e-6 * max(5.0, largest_score))
+def _cases(cases: list[tuple[str, torch.dtype]]) -> list[Any]:
+    return [
+        pytest.param(case, id=f"{case[0]}, {case[1]}", marks=pytest.mark.gpu if case[0] == "cuda" else ())
+        for case in cases
+    ]
+
+
+@pytest.fixture(params=_cases(_EXACT + _ROUNDED))
+def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    """Every kernel that this machine can run, with each kind of numbers it treats in its own way."""
+    name, dtype = request.param
+    if name == "host-executed CUDA":
+        machine: HostGpu = request.getfixturevalue("host_gpu")
+
+        def attend(batch: Batch, *, stats: bool = True, page_masses: bool = True) -> Result:
+            out, *others = machine.attend(batch, stats=stats, page_masses=page_masses)
+            return Result(out.float(), *others)
+
+        yield Kernel(name, dtype, attend, pack, slow=True)
+        return
+    with _implementation(name) as attend_here:
+        yield Kernel(name, dtype, attend_here, pack)
+
+
+@pytest.fixture(params=_cases(_EXACT))
+def exact_kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    """For laws about differences that roundings to bf16 would drown."""
+    name, dtype = request.param
+    with _implementation(name) as attend_here:
+        yield Kernel(name, dtype, attend_here, pack)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pagestream.kernels import build, paged_attention, reference, store_kv
+from pagestream.kernels import attention_workspace, build, paged_attention, reference, store_kv
 
 
 def arguments(batch, *, stats=True):
@@ -37,6 +37,27 @@ def test_opcheck_store_kv():
     torch.library.opcheck(
         torch.ops.pagestream.store_kv.default, (rows, -rows, cache, -cache, torch.tensor([3, 17, 40]))
     )
+
+
+def test_opcheck_append_kv():
+    build.load()
+    heads, caches = torch.randn(3, 8, 8), torch.zeros(2, 4, 2, 16, 8)
+    angles, weight = torch.randn(3, 4).repeat(1, 2), torch.rand(6, 8)
+    slots = torch.tensor([3, 17, 40])
+    for norm in (None, weight):
+        arguments = (heads, angles.cos(), angles.sin(), norm, 1e-5, *caches, slots, None, None)
+        torch.library.opcheck(torch.ops.pagestream.append_kv.default, arguments)
+
+
+def test_opcheck_planning():
+    """On a CPU there is nothing to plan, in a workspace without elements."""
+    build.load()
+    query, starts = torch.zeros(3, 4, 64), torch.tensor([0, 1, 3], dtype=torch.int32)
+    workspace = attention_workspace(query)
+    assert workspace.numel() == 0
+    arguments = (starts, starts[1:] + 5, 4, 2, 64, 0, workspace)
+    torch.library.opcheck(torch.ops.pagestream.plan_attention.default, arguments)
+    torch.library.opcheck(torch.ops.pagestream.attention_workspace_size.default, (query,))
 
 
 def test_fake_tensors_pass_without_data():

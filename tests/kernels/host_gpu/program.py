@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,12 +152,13 @@ def _storage(tensor: Tensor) -> Tensor:
     return torch.as_strided(tensor, (last + 1,), (1,))
 
 
-@pytest.fixture(scope="session")
-def host_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGpu]:
+@contextmanager
+def running(folder: Path) -> Iterator[HostGpu]:
+    """The program compiled into `folder`; skips the test where it cannot be."""
     compiler = shutil.which("g++")
     if platform.machine() != "x86_64" or compiler is None:
         pytest.skip("the host machine for CUDA kernels is x86-64 and needs g++")
-    program = tmp_path_factory.mktemp("host_gpu") / "host_gpu"
+    program = folder / "host_gpu"
     includes = (f"-I{HERE}", f"-I{CSRC}")
     sources = (HERE / "machine.cpp", HERE / "main.cpp")
     subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, *sources, "-o", program], check=True)
