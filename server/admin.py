@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf import duration_pb2
 
 from pagestream.server import status
 from pagestream.server.errors import InvalidFieldError
 from pagestream.server.job import Job
 from pagestream.server.metrics import Metrics
 from pagestream.server.streams import Streams
-from pagestream.server.translate import duration
 from pagestream.v1 import admin_pb2 as pb
 from pagestream.v1.admin_pb2_grpc import AdminServiceServicer, add_AdminServiceServicer_to_server
 
@@ -111,7 +111,7 @@ def _live_request(job: Job, now: float) -> pb.LiveRequest:
     return pb.LiveRequest(
         request_id=request.request_id,
         tenant=request.tenant,
-        age=duration(now - job.received),
+        age=duration_pb2.Duration(seconds=int(now - job.received)),
         prompt_tokens=request.num_prompt_tokens,
         computed_tokens=request.num_computed,
         output_tokens=request.num_output_tokens,

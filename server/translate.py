@@ -81,12 +81,12 @@ def _sampling(params: SamplingParams) -> pb.SamplingConfig:
 def _timings(timings: events.Timings) -> pb.Timings:
     gaps = sorted(timings.gaps)
     return pb.Timings(
-        queue=duration(timings.queue),
-        prefill=duration(timings.prefill),
-        decode=duration(timings.decode),
-        time_to_first_token=duration(timings.time_to_first_token),
-        inter_token_p50=duration(_percentile(gaps, 0.50)),
-        inter_token_p99=duration(_percentile(gaps, 0.99)),
+        queue=_duration(timings.queue),
+        prefill=_duration(timings.prefill),
+        decode=_duration(timings.decode),
+        time_to_first_token=_duration(timings.time_to_first_token),
+        inter_token_p50=_duration(_percentile(gaps, 0.50)),
+        inter_token_p99=_duration(_percentile(gaps, 0.99)),
     )
 
 
@@ -95,8 +95,7 @@ def _percentile(ordered: list[float], share: float) -> float | None:
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
 
 
-def duration(seconds: float | None) -> duration_pb2.Duration | None:
-    """None stays unset; what is below 0 by the clock's own doing is 0."""
+def _duration(seconds: float | None) -> duration_pb2.Duration | None:
     if seconds is None:
         return None
     whole, fraction = divmod(max(seconds, 0.0), 1.0)

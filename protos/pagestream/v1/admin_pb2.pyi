@@ -126,7 +126,7 @@ class LiveRequest(_message.Message):
     """unread_tokens were made and wait for the client to read."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
-        """age is the time since its receipt."""
+        """age is the time since its receipt, in whole seconds."""
 
     def __init__(
         self,
