@@ -4,6 +4,7 @@ or with `--cuda`, and then still loads on a machine without either. The only pla
 
 PAGESTREAM_CPU_ISA: auto (default), amx, vnni, avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
+PAGESTREAM_KERNELS: a library that was built before, to be loaded as it is; then no compiler is asked for.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _X86_BUILDS: _Builds = {
     "rows": {"avx512": _AVX512, "avx2": _AVX2, "baseline": ("-msse4.2",)},
 }
 _OTHER_BUILDS: _Builds = {source: {"baseline": ()} for source in _X86_BUILDS}
-_PORTABLE = ("thread_pool", "operators", "decoder")
+_PORTABLE = ("thread_pool", "operators", "decoder", "observer")
 _CUDA_SOURCES = _SOURCES / "cuda"
 _HEAD_SIZES = (64, 80, 96, 128)
 _CUDA_ARCHITECTURES = ("80", "86", "89", "90a", "100f", "120f")  # f: and later ones of the family
@@ -103,6 +104,8 @@ def build(*, with_cuda: bool | None = None) -> Path:
 
     `with_cuda`: by default, where there is a CUDA device and nvcc. Raises BuildError.
     """
+    if prebuilt := os.environ.get("PAGESTREAM_KERNELS"):
+        return Path(prebuilt)
     cpp_compiler = compiler()
     if with_cuda is None:
         with_cuda = torch.cuda.is_available() and nvcc() is not None

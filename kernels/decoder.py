@@ -21,6 +21,7 @@ from pagestream.kernels.checks import (
     check_shape,
     check_window,
 )
+from pagestream.kernels.summary import Observation
 
 _MAX_PARTS = 3
 _PART_FIELDS = 5
@@ -29,7 +30,8 @@ torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
     "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, Tensor(a!) caches, "
-    "Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds) -> ()",
+    "Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, Tensor(e!)? means, "
+    "Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
 )
 
 
@@ -108,7 +110,7 @@ class Decoder:
         self._keeps_alive = (frequencies, norm, embedding, lm_head, tuple(layers))
         self._epsilon, self._magnitude = epsilon, magnitude
         self._num_layers, self._vocabulary = len(layers), vocabulary
-        self._cache_heads = (num_kv_heads, head_size)
+        self._num_heads, self._cache_heads = num_heads, (num_kv_heads, head_size)
         self._seconds = torch.zeros(2, dtype=torch.float64)
 
     def __call__(
@@ -123,13 +125,14 @@ class Decoder:
         *,
         caches: Tensor,
         scales: Tensor | None = None,
+        observation: Observation | None = None,
     ) -> Tensor:
         """Logits float32 [R, V] of `sampled_rows` int64 [R], which increase; keys and values of all rows are stored.
 
         `token_ids`, `positions`, `slots` int64 [T]; `query_starts`, `context_lengths`, `block_tables` and slots as
         `paged_attention` and `store_kv` take them. `caches` [L, P, Hkv, 2, B, D]: for each layer, page and head the
         keys, then the values; those of int8 need `scales` float32 [L, P, Hkv, 2, B]. A row's result does not depend on
-        the rows beside it, nor on the number of threads.
+        the rows beside it, nor on the number of threads. `observation` receives what it asks for and changes no bit.
         Raises ValueError for a wrong dtype, layout or shape and for ids that point outside; then nothing is written.
         """
         rows = (("token_ids", token_ids), ("positions", positions), ("slots", slots))
@@ -147,6 +150,8 @@ class Decoder:
             ("block_tables", block_tables, (sequences, block_tables.shape[1])),
         )
         self._check_caches(caches, scales)
+        if observation is not None:
+            observation.check(self._num_layers, self._num_heads, block_tables.shape[1])
         logits = torch.empty(len(sampled_rows), self._vocabulary)
         torch.ops.pagestream.decode.default(
             self._model,
@@ -163,6 +168,7 @@ class Decoder:
             scales,
             logits,
             self._seconds,
+            *(observation or (None,) * len(Observation._fields)),
         )
         return logits
 

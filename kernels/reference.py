@@ -91,8 +91,8 @@ def paged_attention(
     for sequence, context in enumerate(lengths):
         begin, end = starts[sequence], starts[sequence + 1]
         pages = block_tables[sequence, : -(-context // page_size)].long()
-        keys = _gather(key_cache, key_scales, pages, context, num_heads)  # [Hq, n, D]
-        values = _gather(value_cache, value_scales, pages, context, num_heads)
+        keys = gather(key_cache, key_scales, pages, context, num_heads)  # [Hq, n, D]
+        values = gather(value_cache, value_scales, pages, context, num_heads)
         for row in range(begin, end, _ROWS_AT_ONCE):
             rows = slice(row, min(row + _ROWS_AT_ONCE, end))
             positions = torch.arange(rows.start, rows.stop, device=query.device) - end + context  # [t]
@@ -113,7 +113,7 @@ def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor 
     out.copy_((packing.round_input(input.float()).double() @ weight.double().T).to(out.dtype))
 
 
-def _gather(cache: Tensor, scales: Tensor | None, pages: Tensor, context: int, num_heads: int) -> Tensor:
+def gather(cache: Tensor, scales: Tensor | None, pages: Tensor, context: int, num_heads: int) -> Tensor:
     """The first `context` slots of `pages`, one copy per query head: float32 `[Hq, context, D]`."""
     rows = cache[pages].float().transpose(0, 1).flatten(1, 2)[:, :context]
     if scales is not None and scales.dim() == 1:  # e4m3: per head

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from pagestream import kernels
+from pagestream.kernels.summary import Observation, Observer
 from pagestream.model.batch import Batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
@@ -29,8 +30,9 @@ class Network:
         self._decoder = native_decoder(config, weights)
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def logits(self, batch: Batch, cache: KVCache, observation: Observation | None = None) -> torch.Tensor:
         """Writes the keys and values of every row into its slot; returns logits [R, V] in fp32 for sampled_rows.
+        `observation` receives what it asks of attention, and changes no bit of anything else.
 
         Running the same batch again writes the same values: a step can be repeated.
         """
@@ -45,9 +47,13 @@ class Network:
                 batch.sampled_rows,
                 caches=cache.rows,
                 scales=cache.scales,
+                observation=observation,
             )
         hidden = self._weights.embedding.lookup(batch.token_ids)  # [T, E]
         cos, sin = self._rope(batch.positions)
+        lengths = (batch.block_tables, batch.query_starts, batch.context_lengths)
+        observer = None if observation is None else Observer(observation, *lengths)
+        scale = self._config.head_dim**-0.5
         attended = hidden.new_empty(len(hidden), self._config.num_heads, self._config.head_dim)
         for layer, caches, (key_scales, value_scales), window in zip(
             self._weights.layers, cache.layers, cache.layer_scales, self._windows, strict=True
@@ -58,19 +64,27 @@ class Network:
             kernels.paged_attention(
                 query,
                 *caches,
-                batch.block_tables,
-                batch.query_starts,
-                batch.context_lengths,
-                scale=self._config.head_dim**-0.5,
+                *lengths,
+                scale=scale,
                 window=window,
                 out=attended,
                 key_scales=key_scales,
                 value_scales=value_scales,
             )
+            if observer is not None:
+                observer.add_layer(
+                    query, *caches, scale=scale, window=window, key_scales=key_scales, value_scales=value_scales
+                )
             hidden = hidden + layer.attention_output(attended.flatten(1))
             hidden = hidden + _mlp(layer, self._rms_norm(hidden, layer.mlp_norm))
+        if observer is not None:
+            observer.finish()
         last = self._rms_norm(hidden[batch.sampled_rows], self._weights.norm)  # [R, E]
         return self._weights.lm_head(last).float()
+
+    def seconds(self) -> tuple[float, float] | None:
+        """How long attention and products with weights have taken in all; None where nobody measures it."""
+        return None if self._decoder is None else self._decoder.seconds()
 
     def _project(
         self, layer: LayerWeights, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+from pagestream.model.attention import build_observation, summarize
 from pagestream.model.batch import build_batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
@@ -19,6 +20,7 @@ class Runner:
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache) -> None:
+        self._config = config
         self._network = Network(config, weights)
         self._cache = cache
         self._device = weights.norm.device
@@ -27,9 +29,16 @@ class Runner:
         """Raises NonFiniteLogitsError, naming the request, where the network returns no usable distribution."""
         self._copy_pages(plan)
         batch = build_batch(plan, self._cache.page_size, self._device)
-        logits = self._network.logits(batch, self._cache)
+        observation = build_observation(plan, self._config, batch.block_tables.shape[1])
+        before = self._network.seconds()
+        logits = self._network.logits(batch, self._cache, observation)
+        after = self._network.seconds()
         tokens = iter(sample(logits, plan.chunks))
-        return StepResult(tuple(tuple(islice(tokens, len(chunk.sampled_positions))) for chunk in plan.chunks))
+        return StepResult(
+            sampled=tuple(tuple(islice(tokens, len(chunk.sampled_positions))) for chunk in plan.chunks),
+            attention=() if observation is None else summarize(plan, observation, self._config, self._cache.page_size),
+            seconds=None if before is None or after is None else (after[0] - before[0], after[1] - before[1]),
+        )
 
     def _copy_pages(self, plan: StepPlan) -> None:
         page_size = self._cache.page_size

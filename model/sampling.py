@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from pagestream.model.step import Chunk, SampledToken, SamplingParams
+from pagestream.model.step import Chunk, OutputStats, SampledToken, SamplingParams
 
 BLOCK = 64  # tokens
 NUCLEUS_WIDTH, NUCLEUS_GROWTH = 64, 8  # how many of the likeliest tokens top-p looks at, and how many times more next
@@ -45,7 +47,7 @@ class _Row(NamedTuple):
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
     """A token for each row of logits [R, V] fp32, which are left as they are: chunk by chunk for each position at which
-    it samples, from what is known or proposed before that position.
+    it samples, from what is known or proposed before that position. Where an answer is given, its own token.
 
     Raises NonFiniteLogitsError for the first row whose largest logit is not finite.
     """
@@ -57,13 +59,19 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
     for row, value in zip(rows, largest, strict=True):
         if not math.isfinite(value):
             raise NonFiniteLogitsError(row.chunk.request_id)
+    surprisals: dict[int, float] = {}
     drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.params)]
     if drawn:
         weights = filtered_weights(_take(adjusted, drawn), [rows[index].params for index in drawn])
         uniforms = [uniform(rows[index].params.seed, rows[index].position) for index in drawn]
         for index, token_id in zip(drawn, draw(weights, uniforms), strict=True):
             token_ids[index] = token_id
-    return _report(logits, rows, token_ids)
+        if any(row.chunk.output_stats for row in rows):
+            surprisals = dict(zip(drawn, _surprisals(weights, [token_ids[index] for index in drawn]), strict=True))
+    for index, row in enumerate(rows):
+        if row.chunk.given:
+            token_ids[index] = row.chunk.given[row.position - row.chunk.first_chosen]
+    return _report(logits, rows, token_ids, surprisals)
 
 
 def filtered_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -199,19 +207,50 @@ def _largest(weights: torch.Tensor, count: int) -> torch.Tensor:
     return blocks.flatten(1).topk(count).values
 
 
-def _report(logits: torch.Tensor, rows: Sequence[_Row], token_ids: list[int]) -> list[SampledToken]:
-    """Adds the logprobs asked for, of the model's own distribution."""
+def _surprisals(weights: torch.Tensor, token_ids: list[int]) -> list[float]:
+    """Of the token of each row [S, V] under the distribution it was drawn from, nats."""
+    chosen = weights.gather(1, torch.tensor(token_ids, device=weights.device)[:, None]).double()
+    surprisals: list[float] = (_block_sums(weights).sum(dim=-1, keepdim=True) / chosen).log()[:, 0].tolist()
+    return surprisals
+
+
+def _report(
+    logits: torch.Tensor, rows: Sequence[_Row], token_ids: list[int], sampling_surprisals: Mapping[int, float]
+) -> list[SampledToken]:
+    """Adds what is asked for of the model's own distribution: logprobs, statistics. A token that is missing in
+    `sampling_surprisals` was certain."""
     result = [SampledToken(token_id) for token_id in token_ids]
     asked = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    if not asked:
-        return result
-    logprobs = logits[asked].log_softmax(dim=-1)
-    chosen = [float(values[token_ids[index]]) for index, values in zip(asked, logprobs, strict=True)]
-    widths = [min(rows[index].params.logprobs or 0, logits.shape[-1]) for index in asked]
-    top = logprobs.topk(max(widths), dim=-1)
-    for index, logprob, width, ids, values in zip(
-        asked, chosen, widths, top.indices.tolist(), top.values.tolist(), strict=True
-    ):
-        top_logprobs = tuple(zip(ids[:width], values[:width], strict=True))
-        result[index] = SampledToken(token_ids[index], logprob, top_logprobs)
+    if asked:
+        logprobs = logits[asked].log_softmax(dim=-1)
+        chosen = [float(values[token_ids[index]]) for index, values in zip(asked, logprobs, strict=True)]
+        widths = [min(rows[index].params.logprobs or 0, logits.shape[-1]) for index in asked]
+        top = logprobs.topk(max(widths), dim=-1)
+        for index, logprob, width, ids, values in zip(
+            asked, chosen, widths, top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            top_logprobs = tuple(zip(ids[:width], values[:width], strict=True))
+            result[index] = SampledToken(token_ids[index], logprob, top_logprobs)
+    asked = [index for index, row in enumerate(rows) if row.chunk.output_stats]
+    if asked:
+        statistics = _output_statistics(_take(logits, asked), [token_ids[index] for index in asked])
+        for index, values in zip(asked, statistics, strict=True):
+            output = OutputStats(*values, sampling_surprisals.get(index, 0.0))
+            result[index] = replace(result[index], output=output)
     return result
+
+
+def _output_statistics(logits: torch.Tensor, token_ids: list[int]) -> list[tuple[float, float, float, float]]:
+    """Entropy, probability of the likeliest, margin, surprisal of each row [S, V] and its token. By numpy, as torch's
+    threads would wait for those of the kernels."""
+    rows, places = logits.cpu().numpy(), np.arange(len(token_ids))
+    likeliest = rows.argmax(axis=-1)
+    shifted = rows - rows[places, likeliest, None]
+    weights = np.exp(shifted)
+    total = weights.sum(axis=-1)
+    entropy = np.log(total) - np.einsum("sv,sv->s", weights, shifted) / total
+    surprisal = np.log(total) - shifted[places, token_ids]
+    weights[places, likeliest] = 0
+    second = weights.max(axis=-1)
+    columns = (entropy, 1 / total, (1 - second) / total, surprisal)
+    return list(zip(*(column.tolist() for column in columns), strict=True))

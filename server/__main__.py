@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ from pagestream.server.config import (
     let_idle_threads_sleep,
     load_config,
 )
+from pagestream.server.health import health
 from pagestream.server.operate import admin, doctor, token_command
+from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token
 from pagestream.server.printing import print_answer, print_answers, print_events
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
@@ -44,13 +47,8 @@ app = typer.Typer(
 _CLIENT_EPILOG = (
     "[dim]Exit codes: 0 answered, 1 the server refused or failed, 2 wrong usage, 4 no server answers, 130 Ctrl-C."
 )
-Address = Annotated[str, typer.Option(help="HOST:PORT of the server.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the most likely token.", show_default="0")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.", show_default="drawn")]
-TlsCa = Annotated[Path | None, typer.Option(help="PEM of the server's authority.", show_default="no TLS")]
-TlsCert = Annotated[Path | None, typer.Option(help="PEM of the client's own certificate.", show_default="none")]
-TlsKey = Annotated[Path | None, typer.Option(help="PEM of its private key.", show_default="none")]
-Token = Annotated[str | None, typer.Option(help="Of the server's key file.", envvar="PAGESTREAM_TOKEN")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer.", show_default="what fits")]
 
 
@@ -94,6 +92,15 @@ def serve(
         float | None, _setting("An answer nobody reads ends.", ServerConfig.slow_reader_seconds)
     ] = None,
     drain_seconds: Annotated[float | None, _setting("Grace at SIGTERM.", ServerConfig.drain_seconds)] = None,
+    canary_interval: Annotated[
+        float | None, _setting("Seconds between checks of known answers; 0: none.", ServerConfig.canary_interval)
+    ] = None,
+    slo_ttft_ms: Annotated[float | None, _setting("Objective: first token.", ServerConfig.slo_ttft_ms)] = None,
+    slo_itl_ms: Annotated[float | None, _setting("Objective: p99 of the gaps.", ServerConfig.slo_itl_ms)] = None,
+    slo_e2e_s: Annotated[float | None, _setting("Objective: whole answer.", ServerConfig.slo_e2e_s)] = None,
+    attention_every: Annotated[
+        int | None, _setting("Steps between looks at attention; 0: none.", ServerConfig.attention_every)
+    ] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
     tls_cert: Annotated[Path | None, _setting("PEM with the chain; read again when it changes.", "no TLS")] = None,
     tls_key: Annotated[Path | None, _setting("PEM of its private key.", "no TLS")] = None,
@@ -116,6 +123,8 @@ def serve(
         settings = load_config(config, flags)
     except ValueError as error:
         _fail(error, USAGE)
+    # Until the server handles it: the first process of a container does not get signals that it ignores.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     let_idle_threads_sleep()
     gc.disable()  # until the model is loaded: looking for garbage among what stays takes a tenth of the start
     from pagestream.server.app import serve as run_server  # noqa: PLC0415 - torch: seconds that --help need not wait
@@ -223,6 +232,7 @@ def pull(cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~
     typer.echo(path)
 
 
+app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
 app.command("token", epilog="[dim]Exit codes: 0 made, 2 wrong usage.")(token_command)
 app.command(epilog=_CLIENT_EPILOG)(admin)
 app.command(epilog="[dim]Exit codes: 0 all is well, 1 something is missing, 2 bad setting.")(doctor)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pagestream.server.admin import AdminListener, AdminService
 from pagestream.server.assemble import assemble
+from pagestream.server.canary import Canary
 from pagestream.server.config import ServerConfig, wants_traces
 from pagestream.server.door import Door
 from pagestream.server.engine import Engine
@@ -26,7 +27,8 @@ from pagestream.server.keys import KeyFile
 from pagestream.server.listener import Listener
 from pagestream.server.logs import log_call, set_up_logging
 from pagestream.server.metrics import Metrics, ServerState
-from pagestream.server.served import ModelSlot
+from pagestream.server.objectives import Objectives
+from pagestream.server.served import ModelSlot, ServedModel
 from pagestream.server.streams import Streams
 from pagestream.server.tls import TlsFiles
 from pagestream.server.watchdog import Watchdog
@@ -56,7 +58,8 @@ async def _serve(config: ServerConfig) -> int:
     stop, stop_now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
-    metrics, slot, streams = Metrics(), ModelSlot(), Streams(loop)
+    objectives = Objectives(config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000, config.slo_e2e_s)
+    metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
     tracer = _tracer(metrics) if wants_traces() else None
     listener = _listener(config, slot, streams, tokenizing, metrics, [log_call, *([tracer] if tracer else [])])
@@ -79,15 +82,12 @@ async def _serve(config: ServerConfig) -> int:
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             model = loading.result()
-            gc.freeze()  # what is there stays: collections need not look through it
-            gc.enable()
-            slot.fill(model)
-            await listener.set_serving(serving=True)
-            metrics.state = ServerState.READY
-            log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
+            await _become_ready(model, slot, listener, metrics)
             watching = loop.create_task(_watch_engine(model.engine, listener, metrics))
+            canary = loop.create_task(Canary(model, streams, tokenizing, metrics, config.canary_interval).run())
             await stopping
             watching.cancel()
+            canary.cancel()
             await _drain(model.engine, listener, streams, metrics, config.drain_seconds, stop_now)
     finally:
         lag.cancel()
@@ -138,6 +138,15 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+async def _become_ready(model: ServedModel, slot: ModelSlot, listener: Listener, metrics: Metrics) -> None:
+    gc.freeze()  # what is there stays: collections need not look through it
+    gc.enable()
+    slot.fill(model)
+    await listener.set_serving(serving=True)
+    metrics.state = ServerState.READY
+    log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
 
 
 async def _lose_readiness(listener: Listener, metrics: Metrics) -> None:

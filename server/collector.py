@@ -40,7 +40,8 @@ class MetricsCollector(Collector):
                 _add_histograms(metric, family, model, reading.histograms[family.name])
             else:
                 for labels, value in reading.values[family.name].items():
-                    metric.add_metric(model + labels, value)
+                    if value or family.kind != "counter" or "ctx" not in family.labels:
+                        metric.add_metric(model + labels, value)
             yield metric
 
 

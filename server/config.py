@@ -139,6 +139,11 @@ class ServerConfig:
     max_queue_tokens: int = 262_144  # prompt tokens that wait
     slow_reader_seconds: float = 30.0  # how long a stream may wait for its reader
     drain_seconds: float = 30.0
+    canary_interval: float = 60.0  # seconds between two scores of a known answer, and 200 times what one took; 0: none
+    slo_ttft_ms: float = 2000.0  # objectives that ended requests are counted against
+    slo_itl_ms: float = 100.0
+    slo_e2e_s: float = 60.0
+    attention_every: int = 64  # steps that decode, of which one is observed; 0: none
     cache_dir: Path = field(default_factory=default_cache_dir)
     tls_cert: Path | None = None  # PEM, with the chain; None: plain text
     tls_key: Path | None = None
@@ -184,6 +189,11 @@ _PARSERS: Mapping[str, Parse] = {
     "max_queue_tokens": _integer(1),
     "slow_reader_seconds": _seconds,
     "drain_seconds": _seconds,
+    "canary_interval": _seconds,
+    "slo_ttft_ms": _milliseconds,
+    "slo_itl_ms": _milliseconds,
+    "slo_e2e_s": _seconds,
+    "attention_every": _integer(0),
     "cache_dir": _path,
     "tls_cert": _path,
     "tls_key": _path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shutil
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pagestream.kernels import build
+from pagestream.kernels import build, selftest
 from pagestream.model.checkpoint import check_tensors, open_checkpoint
 from pagestream.model.default_model import DEFAULT_MODEL, check_default_model
 from pagestream.model.errors import ModelError
@@ -84,9 +83,6 @@ def _kernels(_config: ServerConfig) -> Iterator[Finding]:
 
 
 def _self_test() -> Iterator[Finding]:
-    if importlib.util.find_spec("pagestream.kernels.selftest") is None:
-        return
-    selftest = importlib.import_module("pagestream.kernels.selftest")
     kinds = (torch.float32, torch.bfloat16)
     settings = [selftest.Setting(torch.device("cpu"), kind, kind, 3, 64, 32) for kind in kinds]
     checks = [check for setting in settings for check in selftest.run(setting)]

@@ -11,23 +11,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 from pagestream.model.sampling import NonFiniteLogitsError
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.backpressure import Backpressure, ReaderLimits
 from pagestream.server.block_pool import BlockPool
+from pagestream.server.costs import Costs, Footprint
 from pagestream.server.errors import (
     DeadlineExceededError,
     DrainingError,
     EngineFaultError,
+    GaveWayError,
     QueueTimeoutError,
     RequestError,
     SlowReaderError,
 )
+from pagestream.server.events import Delta
+from pagestream.server.forecast import Estimate
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import EngineSnapshot, Metrics
+from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.request import FinishReason
 from pagestream.server.scheduler import Advance, Scheduler
@@ -59,15 +65,18 @@ class Engine:
         limits: QueueLimits,
         readers: ReaderLimits,
         pace: Pace,
+        observer: Observer,
         publish: Callable[[Publication], None],
         on_fault: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
+        footprint: Footprint = Footprint(),  # noqa: B008 - frozen
     ) -> None:
         self._pool = pool
         self._scheduler = scheduler
         self._runner = runner
         self._metrics = metrics
-        self._pace = pace
+        self._costs = Costs(pace, pool, scheduler, metrics, footprint, clock)
+        self._observer = observer
         self._publish = publish
         self._on_fault = on_fault
         self.clock = clock
@@ -87,6 +96,10 @@ class Engine:
         """Refuses newcomers from now on; live requests go on."""
         self.inbox.refuse(DrainingError("the server is shutting down", retry_after_seconds))
 
+    def estimate(self, prompt: Sequence[int], tenant: str) -> Future[Estimate]:
+        """What a prompt would cost now. Any thread may ask. Raises the refusal in force."""
+        return self.inbox.ask(lambda: self._costs.estimate(prompt, tenant))
+
     def stop(self) -> None:
         """Ends every live request as UNAVAILABLE, then the thread; returns when it is gone."""
         self.inbox.stop()
@@ -105,12 +118,15 @@ class Engine:
 
     def _turn(self) -> float | None:
         """Takes what arrived and, unless told to stop, ends what is due and runs a step; returns as `_take_mail`."""
+        begun = self.clock() if self._scheduler.has_work else None
         stop = self._take_mail()
         if stop is None:
+            begun = self.clock() if begun is None else begun  # waiting for work costs nobody anything
             self._expire_deadlines()
             self._expire_slow_readers()
             self._step()
             self._report()
+            self._costs.end_of_turn(self.clock() - begun)
         return stop
 
     def _take_mail(self) -> float | None:
@@ -118,17 +134,27 @@ class Engine:
         mail = self.inbox.take(self._seconds_to_wait())
         for job in mail.arrivals:
             self._jobs[job.request.request_id] = job
+            self._costs.predict(job)
             self._scheduler.admit(job.request)
             for deadline in (job.deadline, job.queue_deadline):
                 if deadline is not None:
                     heapq.heappush(self._deadlines, (deadline, job.request.request_id))
+        if not all(job.internal for job in mail.arrivals):
+            self._give_way()
         for job, seen in mail.cancels:
             if not job.is_finished:  # it may have ended by itself meanwhile
                 self._end(job, FinishReason.CANCELLED)
                 self._metrics.observe_cancel_release("client", self.clock() - seen)
         for job, tokens in mail.reads:
             self._backpressure.read(job, tokens)
+        for question in mail.questions:
+            question()
         return mail.stop
+
+    def _give_way(self) -> None:
+        """Ends the server's own requests: a client's has arrived."""
+        for job in [job for job in self._jobs.values() if job.internal]:
+            self._end(job, FinishReason.CANCELLED, GaveWayError("a client's request has arrived"))
 
     def _seconds_to_wait(self) -> float | None:
         """Not at all while there is work; while all that live are paused, until one has run out of time."""
@@ -165,27 +191,21 @@ class Engine:
 
     def _step(self) -> None:
         started = self.clock()
-        plan = self._scheduler.plan(self._prompt_limit())
+        plan = self._scheduler.plan(self._costs.prompt_limit())
         for chunk in plan.chunks:
             job = self._jobs[chunk.request_id]
             if job.first_scheduled is None:
                 job.first_scheduled = started
         if not plan.chunks:
             return
-        result = self._execute(plan)
+        result = self._execute(self._observer.ask(plan, self._jobs))
         now = self.clock()
         advances = self._scheduler.commit(plan, result)
+        self._costs.committed(plan, result, advances, self._jobs, started, now)
+        self._observer.take(plan, result, advances, self._jobs)
         self._advance(advances, now)
         num_accepted = sum(max(len(advance.sampled) - 1, 0) for advance in advances)
         self._metrics.observe_step(plan, now - started, num_accepted)
-        self._pace.observe(plan, now - started)
-
-    def _prompt_limit(self) -> int | None:
-        """How many prompt tokens the next step may read; not worked out where there are none to read."""
-        running = self._scheduler.running
-        if not self._scheduler.num_waiting and all(request.num_uncomputed == 1 for request in running):
-            return None
-        return self._pace.prompt_tokens(running)
 
     def _execute(self, plan: StepPlan) -> StepResult:
         """Runs the step. If it fails, runs each chunk alone, so that only those at fault end in an error: a chunk may
@@ -210,8 +230,10 @@ class Engine:
             return ()
         try:
             return self._runner.step(StepPlan((chunk.without_proposals(),))).sampled[0]
-        except Exception:
+        except Exception as cause:
             log.exception("request %s failed", chunk.request_id)
+            if isinstance(cause, NonFiniteLogitsError):
+                self._observer.non_finite(chunk.request_id)
             error = EngineFaultError(f"request {chunk.request_id} failed inside the engine")
             self._end(self._jobs[chunk.request_id], FinishReason.ERROR, error)
             return ()
@@ -227,6 +249,10 @@ class Engine:
                 progress = job.progress(now)
                 if progress is not None:
                     self._publication.append((job, progress))
+                continue
+            if request.given:
+                self._publication += [(job, Delta("", advance.sampled, job.index)), (job, job.finished())]
+                self._release(job, FinishReason.SCORED)
                 continue
             is_first = job.first_token is None
             delta = job.take_tokens(advance.sampled, now)
@@ -260,7 +286,8 @@ class Engine:
         self._backpressure.forget(job)
         del self._jobs[job.request.request_id]
         self.inbox.forget(job.request.request_id)
-        self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
+        if not job.internal:
+            self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
 
     def _report(self) -> None:
         """Tells clients, the queue and the metrics how things stand after a step."""
@@ -268,7 +295,7 @@ class Engine:
         if publication:
             self._publish(publication)
         scheduler = self._scheduler
-        self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, self._pace.seconds_per_prompt_token)
+        self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, *self._costs.backlog())
         self._metrics.set_reuse(
             preemptions=scheduler.num_preemptions_total,
             recomputed_tokens=scheduler.recomputed_tokens_total,
@@ -309,5 +336,8 @@ class Engine:
     def _refuse_and_collect(self, refusal: RequestError) -> list[Job]:
         """All that have not ended, late arrivals too; none comes after them."""
         self.inbox.refuse(refusal)
-        self._jobs |= {job.request.request_id: job for job in self.inbox.take(0.0).arrivals}
+        mail = self.inbox.take(0.0)
+        for question in mail.questions:
+            question()
+        self._jobs |= {job.request.request_id: job for job in mail.arrivals}
         return list(self._jobs.values())

@@ -155,6 +155,12 @@ class DuplicateRequestError(RequestError):
     reason = "DUPLICATE_REQUEST_ID"
 
 
+class GaveWayError(RequestError):
+    """A request of the server's own, ended because a client's arrived."""
+
+    status = "CANCELLED"
+
+
 class EngineFaultError(RequestError):
     """Something of ours broke; the message carries the request id and no internals."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagestream.model.step import SampledToken
 from pagestream.server.errors import RequestError
 from pagestream.server.request import FinishReason
+from pagestream.server.stats import RequestStats, TokenStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Delta:
     text: str
     tokens: tuple[SampledToken, ...]
     index: int = 0  # of the answer
+    stats: tuple[TokenStats, ...] = ()  # one for each token, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class Timings:
     decode: float | None
     time_to_first_token: float | None
     gaps: tuple[float, ...] = ()  # between consecutive tokens
+    predicted_time_to_first_token: float | None = None  # when it came in, by the cost model
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Finished:
     matched_stop: str | None = None
     matched_stop_token_id: int | None = None
     index: int = 0  # of the answer
+    stats: RequestStats | None = None  # if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +65,8 @@ class Failed:
 
 
 Event = Progress | Delta | Finished | Failed
+
+
+def nearest_rank(ordered: Sequence[float], share: float) -> float | None:
+    """The quantile of sorted values; None of none."""
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None

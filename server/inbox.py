@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pagestream.server.errors import DuplicateRequestError, QueueFullError, RequestError
 from pagestream.server.job import Job
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Mail:
     arrivals: list[Job]
     cancels: list[tuple[Job, float]]  # and when the cancel was seen
     reads: list[tuple[Job, int]]  # and how many of its tokens gRPC took
+    questions: list[Callable[[], None]]  # to be answered between two steps
     stop: float | None  # when the engine was told to stop, if it was
 
 
@@ -39,10 +44,12 @@ class Inbox:
         self._arrivals: list[Job] = []
         self._cancels: list[tuple[Job, float]] = []
         self._reads: list[tuple[Job, int]] = []
+        self._questions: list[Callable[[], None]] = []
         self._live: set[str] = set()  # ids of all requests that were taken on and have not ended
         self._entering = 0  # requests whose prompts are being tokenised
         self._waiting_requests = 0  # arrivals and the scheduler's queue
         self._waiting_tokens = 0
+        self._predicted_wait = 0.0
         self._seconds_per_token = 0.0
         self._refusal: RequestError | None = None
         self._stop: float | None = None
@@ -80,6 +87,7 @@ class Inbox:
             self._arrivals += jobs
             self._waiting_requests += len(jobs)
             self._waiting_tokens += tokens
+            self._predicted_wait += tokens * self._seconds_per_token
             self._changed.notify()
         return ahead
 
@@ -95,6 +103,24 @@ class Inbox:
         with self._changed:
             self._reads.append((job, tokens))
             self._changed.notify()
+
+    def ask(self, question: Callable[[], T]) -> Future[T]:
+        """Has the engine's thread answer between two steps. Raises the refusal in force."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(question())
+                except Exception as error:  # noqa: BLE001 - whoever asked is told
+                    answer.set_exception(error)
+
+        with self._changed:
+            if self._refusal is not None:
+                raise self._refusal
+            self._questions.append(run)
+            self._changed.notify()
+        return answer
 
     def refuse(self, refusal: RequestError) -> None:
         """Every newcomer gets this refusal from now on."""
@@ -113,7 +139,7 @@ class Inbox:
     @property
     def predicted_wait(self) -> float:
         """Seconds until what waits now is read, from 1 to 60."""
-        return min(max(self._waiting_tokens * self._seconds_per_token, 1.0), 60.0)
+        return min(max(self._predicted_wait, 1.0), 60.0)
 
     def stop(self) -> None:
         with self._changed:
@@ -139,21 +165,24 @@ class Inbox:
         """Everything that arrived. Waits so long for the first thing to arrive; None waits for ever."""
         with self._changed:
             self._changed.wait_for(self._has_mail, wait_seconds)
-            mail = Mail(self._arrivals, self._cancels, self._reads, self._stop)
-            self._arrivals, self._cancels, self._reads = [], [], []
+            mail = Mail(self._arrivals, self._cancels, self._reads, self._questions, self._stop)
+            self._arrivals, self._cancels, self._reads, self._questions = [], [], [], []
         return mail
 
     def _has_mail(self) -> bool:
-        return bool(self._arrivals or self._cancels or self._reads or self._stop is not None)
+        mail = self._arrivals or self._cancels or self._reads or self._questions
+        return bool(mail) or self._stop is not None
 
     def forget(self, request_id: str) -> None:
         """The request has ended: its id may be used again."""
         with self._changed:
             self._live.discard(request_id)
 
-    def settle(self, waiting_requests: int, waiting_tokens: int, seconds_per_token: float) -> None:
-        """What the scheduler's queue holds after a step, and how fast it is worked off."""
+    def settle(self, waiting_requests: int, waiting_tokens: int, seconds: float, seconds_per_token: float) -> None:
+        """What the scheduler's queue holds after a step, how soon it will be read, and what each new token adds."""
         with self._changed:
             self._waiting_requests = waiting_requests + len(self._arrivals)
-            self._waiting_tokens = waiting_tokens + sum(job.request.num_prompt_tokens for job in self._arrivals)
+            arrived = sum(job.request.num_prompt_tokens for job in self._arrivals)
+            self._waiting_tokens = waiting_tokens + arrived
+            self._predicted_wait = seconds + arrived * seconds_per_token
             self._seconds_per_token = seconds_per_token

@@ -12,7 +12,10 @@ from pagestream.model.step import SampledToken
 from pagestream.model.text_stream import TextStream
 from pagestream.server.errors import RequestError, Usage
 from pagestream.server.events import Delta, Event, Failed, Finished, Progress, Timings
+from pagestream.server.ledger import Account
 from pagestream.server.request import FinishReason, Request
+from pagestream.server.request_stats import StatsRecord
+from pagestream.server.stats import StatsDetail, StatsRequest, TokenStats
 
 _ENDING_TOKEN = (FinishReason.END_OF_SEQUENCE, FinishReason.STOP_TOKEN)
 
@@ -28,6 +31,8 @@ class Job:
     queue_deadline: float | None = None  # passes only while no step has worked on it
     progress_interval: float = 0.25
     index: int = 0  # of the answer
+    internal: bool = False  # the server's own: it gives way to clients', and the metrics do not take it for one
+    stats: StatsRequest = field(default_factory=StatsRequest)
 
     others: Sequence[Job] = field(default=(), init=False, repr=False)  # answers to the same prompt; all fail together
     first_scheduled: float | None = field(default=None, init=False)
@@ -35,8 +40,15 @@ class Job:
     last_token: float | None = field(default=None, init=False)
     gaps: list[float] = field(default_factory=list, init=False)
     matched_stop: str | None = field(default=None, init=False)
+    predicted_first_token: float | None = field(default=None, init=False)  # seconds from receipt, when it came in
+    ledger: Account = field(default_factory=Account, init=False)
     unread: int = field(default=0, init=False)  # tokens that gRPC has not taken yet
+    record: StatsRecord | None = field(default=None, init=False)  # None if it asked for no statistics
     _next_progress: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.stats.detail > StatsDetail.OFF:
+            self.record = StatsRecord(self.stats)
 
     @property
     def is_finished(self) -> bool:
@@ -73,7 +85,14 @@ class Job:
         if self.request.is_finished and self.matched_stop is None:
             text += self.text.finish()
         self._book_times(len(tokens), now)
-        return Delta(text, tokens, self.index)
+        return Delta(text, tokens, self.index, self._token_stats(tokens))
+
+    def _token_stats(self, tokens: tuple[SampledToken, ...]) -> tuple[TokenStats, ...]:
+        """Of tokens just booked."""
+        if self.record is None:
+            return ()
+        gaps = (None, *self.gaps)[-len(tokens) :]
+        return self.record.take(tokens, self.request.num_tokens - len(tokens), gaps)
 
     def _book_times(self, count: int, now: float) -> None:
         """Tokens of one step come at once: without a gap between them."""
@@ -97,6 +116,7 @@ class Job:
             matched_stop=self.matched_stop,
             matched_stop_token_id=self.request.tokens[-1] if reason is FinishReason.STOP_TOKEN else None,
             index=self.index,
+            stats=None if self.record is None else self.record.read(),
         )
 
     def failed(self, error: RequestError) -> Failed:
@@ -116,6 +136,7 @@ class Job:
             decode=_between(self.first_token, self.last_token),
             time_to_first_token=_between(self.received, self.first_token),
             gaps=tuple(self.gaps),
+            predicted_time_to_first_token=self.predicted_first_token,
         )
 
 
@@ -131,9 +152,14 @@ def with_others(first: Job, texts: Sequence[TextStream]) -> list[Job]:
             starts_after=request,
         )
         jobs.append(replace(first, request=other, text=text, queue_deadline=None, index=index))
+    end_together(jobs)
+    return jobs
+
+
+def end_together(jobs: Sequence[Job]) -> None:
+    """Makes one call of them: if one fails, all do."""
     for job in jobs:
         job.others = [other for other in jobs if other is not job]
-    return jobs
 
 
 Publication = list[tuple[Job, Event]]  # in order: everything one step has to say

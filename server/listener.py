@@ -13,21 +13,23 @@ from grpc_reflection.v1alpha import reflection
 
 from pagestream.server.door import Door
 from pagestream.server.info_services import ModelService, TokenizerService
+from pagestream.server.insight_service import InsightService
 from pagestream.server.interceptor import Interceptor, Sink
 from pagestream.server.metrics import Metrics
 from pagestream.server.served import ModelSlot
 from pagestream.server.service import GenerationService
 from pagestream.server.streams import Streams
 from pagestream.server.tls import TlsFiles, server_credentials
-from pagestream.v1 import generation_pb2, model_pb2, tokenizer_pb2
+from pagestream.v1 import generation_pb2, insight_pb2, model_pb2, tokenizer_pb2
 from pagestream.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from pagestream.v1.insight_pb2_grpc import add_InsightServiceServicer_to_server
 from pagestream.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from pagestream.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 
 LIVENESS = "liveness"  # a health name that is SERVING as long as the process answers
 SERVICES = tuple(
     service.full_name
-    for file in (generation_pb2, tokenizer_pb2, model_pb2)
+    for file in (generation_pb2, insight_pb2, tokenizer_pb2, model_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 )
 MAX_MESSAGE_BYTES = 16 * 2**20
@@ -71,6 +73,8 @@ class Listener:
         self._server = grpc.aio.server(interceptors=[Interceptor(metrics, door or Door(), sinks)], options=OPTIONS)
         self._health = health.HealthServicer()
         add_GenerationServiceServicer_to_server(GenerationService(slot, streams, tokenizing, metrics), self._server)
+        insight = InsightService(slot, streams, tokenizing, metrics)
+        add_InsightServiceServicer_to_server(insight, self._server)
         add_TokenizerServiceServicer_to_server(TokenizerService(slot, tokenizing), self._server)
         add_ModelServiceServicer_to_server(ModelService(slot), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

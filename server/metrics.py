@@ -13,7 +13,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
@@ -29,8 +29,11 @@ from pagestream.server.metric_families import (
     LabelValues,
     Outcome,
     StepMix,
+    ctx_of,
     markdown_table,
 )
+from pagestream.server.objectives import Objectives
+from pagestream.server.recent import RecentRequests
 from pagestream.server.request import FinishReason, Request
 
 _FAILURES: dict[FinishReason, Outcome] = {  # every other reason is an answer
@@ -113,16 +116,24 @@ class Metrics:
     so after every step and also when its last request has gone.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        objectives: Objectives = Objectives(),  # noqa: B008 - frozen
+    ) -> None:
         self.state = ServerState.LOADING
         self.snapshot = EngineSnapshot()
+        self.recent = RecentRequests(clock)
         self._clock = clock
+        self._objectives = objectives
         self._model: str | None = None
         self._decode_contexts: Sequence[int] = ()
         self._lock = threading.Lock()
         self._histograms = {family.name: Histogram(family) for family in FAMILIES if family.kind == "histogram"}
         self._values = {
-            family.name: dict.fromkeys(family.series, 0.0) for family in FAMILIES if family.kind != "histogram"
+            family.name: dict.fromkeys(() if family.is_sparse else family.series, 0.0)
+            for family in FAMILIES
+            if family.kind != "histogram"
         }
         self._values["build_info"] = {(_version(),): 1}
 
@@ -178,11 +189,15 @@ class Metrics:
         with self._lock:
             for name, seconds in (("queue_time_seconds", timings.queue), ("prefill_time_seconds", timings.prefill)):
                 if seconds is not None:
-                    self._observe(name, seconds, _ctx(prompt_tokens))
+                    self._observe(name, seconds, ctx_of(prompt_tokens))
+            if timings.predicted_time_to_first_token and timings.time_to_first_token is not None:
+                ratio = timings.time_to_first_token / timings.predicted_time_to_first_token
+                self._observe("ttft_residual_ratio", ratio)
             self._count("output_tokens_total", 1)
 
     def observe_finished(self, reason: FinishReason, request: Request, timings: Timings, seconds: float) -> None:
         """An admitted request ended, `seconds` after it was received."""
+        self.recent.add(reason, request, timings, seconds)
         with self._lock:
             self._count("requests_finished_total", 1, reason.value)
             self._observe("request_duration_seconds", seconds, _FAILURES.get(reason, "ok"))
@@ -191,7 +206,27 @@ class Metrics:
             self._observe("request_context_tokens", request.num_tokens)
             if timings.gaps:
                 mean = sum(timings.gaps) / len(timings.gaps)
-                self._observe("time_per_output_token_seconds", mean, _ctx(request.num_tokens))
+                self._observe("time_per_output_token_seconds", mean, ctx_of(request.num_tokens))
+            for objective, met in self._objectives.judge(reason, timings, seconds):
+                labels = ctx_of(request.num_prompt_tokens), objective, str(met).lower()
+                self._count("slo_requests_total", 1, *labels)
+
+    def book(
+        self,
+        counts: Iterable[tuple[str, float, LabelValues]] = (),
+        samples: Iterable[tuple[str, float, LabelValues]] = (),
+    ) -> None:
+        """Family, amount and labels: what is added to counters, and what histograms are to hold; at one moment."""
+        with self._lock:
+            for name, amount, labels in counts:
+                self._count(name, amount, *labels)
+            for name, value, labels in samples:
+                self._observe(name, value, *labels)
+
+    def set_gauges(self, gauges: Mapping[str, dict[LabelValues, float]]) -> None:
+        """Family to its series: those that it has from now on."""
+        with self._lock:
+            self._values.update(gauges)
 
     def observe_cancel_release(self, by: CancelledBy, seconds: float) -> None:
         with self._lock:
@@ -219,7 +254,7 @@ class Metrics:
     def observe_first_delta(self, prompt_tokens: int, seconds: float) -> None:
         """Received to the first delta handed to gRPC: the time to first token as a client sees it, less the network."""
         with self._lock:
-            self._observe("time_to_first_token_seconds", seconds, _ctx(prompt_tokens))
+            self._observe("time_to_first_token_seconds", seconds, ctx_of(prompt_tokens))
 
     def observe_rejected(self, reason: str, seconds: float) -> None:
         """A request was refused before admission; `reason` is that of errors.py."""
@@ -281,12 +316,8 @@ def _ctx_rows(contexts: Sequence[int]) -> list[int]:
     return [bisect_left(CONTEXT_EDGES, context) for context in contexts]
 
 
-def _ctx(context: int) -> str:
-    return CTX[bisect_left(CONTEXT_EDGES, context)]
-
-
 def _count_by_ctx(contexts: Sequence[int]) -> dict[LabelValues, float]:
-    counts = Counter(map(_ctx, contexts))
+    counts = Counter(map(ctx_of, contexts))
     return {(ctx,): float(counts[ctx]) for ctx in CTX}
 
 

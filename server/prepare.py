@@ -46,20 +46,10 @@ async def prepare(
     interval = validate.progress_interval(message.output)
     queue_timeout = validate.queue_timeout(message)
     priority = validate.priority(message)
-    if message.WhichOneof("prompt") == "token_ids":
-        prompt = list(message.token_ids.ids)
-    else:
-        started = time.monotonic()
-        loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(tokenizing, _tokenize, message, model)
-        metrics.observe_tokenize(time.monotonic() - started)
-        if max(prompt) >= model.vocab_size:  # a tokenizer may hold tokens that the network was never given
-            raise InvalidFieldError("prompt", f"has token {max(prompt)}; the model knows {model.vocab_size}")
-    if len(prompt) >= model.max_context:
-        raise PromptExceedsModelContextError(len(prompt), model.max_context)
-    if len(prompt) >= model.kv_capacity_tokens:
-        raise PromptExceedsKvCapacityError(len(prompt), model.kv_capacity_tokens)
-    current_call().key.check_prompt(len(prompt))
+    stats = validate.stats_request(message.stats, model.page_size)
+    prompt = await read_prompt(message, model, tokenizing, metrics)
+    check_fits(len(prompt), model)
+    validate.check_spans("stats.spans", stats.spans, len(prompt))
     room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
     longest = current_call().key.answer_tokens(stop.max_tokens)
     wanted = longest if longest is not None else room + 1
@@ -88,11 +78,37 @@ async def prepare(
         deadline=deadline,
         queue_deadline=None if queue_timeout is None else received + queue_timeout,
         progress_interval=interval,
+        stats=stats,
     )
     return with_others(first, [text() for _ in range(1, num_answers)])
 
 
-def _tokenize(message: validate.GenerateMessage, model: ServedModel) -> list[int]:
+async def read_prompt(
+    message: validate.PromptMessage, model: ServedModel, tokenizing: Executor, metrics: Metrics
+) -> list[int]:
+    """The tokens of a checked message's prompt. Raises InvalidFieldError and NoChatTemplateError."""
+    if message.WhichOneof("prompt") == "token_ids":
+        return list(message.token_ids.ids)
+    started = time.monotonic()
+    loop = asyncio.get_running_loop()
+    prompt = await loop.run_in_executor(tokenizing, _tokenize, message, model)
+    metrics.observe_tokenize(time.monotonic() - started)
+    if max(prompt) >= model.vocab_size:  # a tokenizer may hold tokens that the network was never given
+        raise InvalidFieldError("prompt", f"has token {max(prompt)}; the model knows {model.vocab_size}")
+    return prompt
+
+
+def check_fits(num_tokens: int, model: ServedModel) -> None:
+    """Whether so many can be read and one more be chosen. Raises PromptExceedsModelContextError,
+    PromptExceedsKvCapacityError or KeyLimitError."""
+    if num_tokens >= model.max_context:
+        raise PromptExceedsModelContextError(num_tokens, model.max_context)
+    if num_tokens >= model.kv_capacity_tokens:
+        raise PromptExceedsKvCapacityError(num_tokens, model.kv_capacity_tokens)
+    current_call().key.check_prompt(num_tokens)
+
+
+def _tokenize(message: validate.PromptMessage, model: ServedModel) -> list[int]:
     if message.WhichOneof("prompt") == "text":
         validate.check_text("text", message.text, model.max_context)
         prompt = model.tokenizer.encode(message.text, add_special_tokens=True)

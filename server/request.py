@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
 
-from pagestream.model.step import SamplingParams
+from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.server.prompt_lookup import PromptLookup
 
 
@@ -26,13 +26,14 @@ class Priority(IntEnum):
 
 
 class FinishReason(Enum):
-    """Why a request ended. The values are metric labels; the first five are answers, the others failures."""
+    """Why a request ended. The values are metric labels; the first six are answers, the others failures."""
 
     END_OF_SEQUENCE = "end_of_sequence"
     STOP_STRING = "stop_string"
     STOP_TOKEN = "stop_token"  # noqa: S105 - the token of a text, not of a login
     MAX_TOKENS = "max_tokens"
     MAX_CONTEXT = "max_context"
+    SCORED = "scored"  # its given answer
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     QUEUE_TIMEOUT = "queue_timeout"
@@ -58,7 +59,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     tenant: str = ""  # opaque; tenants share places in the batch and prompt tokens alike
     priority: Priority = Priority.NORMAL  # among the requests of its tenant
-    starts_after: Request | None = None  # one with the same prompt, which it finds in the cache once that is read
+    starts_after: Request | None = None  # one whose prompt it finds in the cache, as far as it begins like its own
+    given: Sequence[int] = ()  # an answer to score; the prompt ends in all of it but the last token
 
     tokens: list[int] = field(init=False)  # prompt, then output
     num_computed: int = field(default=0, init=False)
@@ -73,12 +75,15 @@ class Request:
     has_started: bool = field(default=False, init=False)  # it has had a place in the batch
     lookup: PromptLookup = field(default_factory=PromptLookup, init=False)  # what may come next
     num_passed_over: int = field(default=0, init=False)  # younger ones of its tenant that took a place first
+    scores: list[SampledToken] = field(default_factory=list, init=False)  # of the tokens given, in order, so far
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("a request needs at least one prompt token")
         if self.max_new_tokens < 1:
             raise ValueError("a request must be allowed at least one new token")
+        if self.given and self.prompt[len(self.prompt) - len(self.given) + 1 :] != self.given[:-1]:
+            raise ValueError("the prompt must end in the given answer, but for its last token")
         self.tokens = list(self.prompt)
 
     @property
@@ -101,6 +106,11 @@ class Request:
     def is_finished(self) -> bool:
         return self.state is RequestState.FINISHED
 
+    @property
+    def num_reusable(self) -> int:
+        """How many of its tokens need not be computed if they are found: behind the next one, a token is chosen."""
+        return self.num_tokens - max(len(self.given) - len(self.scores), 1)
+
     def final_length(self, capacity: int) -> int:
         """The most tokens it will ever hold in a cache of `capacity`: its last token is never computed."""
         return min(self.num_prompt_tokens + self.max_new_tokens - 1, capacity)
@@ -116,6 +126,8 @@ class Request:
 
     def reason_to_finish(self, capacity: int) -> FinishReason | None:
         """Why its latest token ends it; None if it goes on. A pool of `capacity` tokens must hold all but that one."""
+        if self.given:
+            return FinishReason.SCORED if len(self.scores) == len(self.given) else None
         token_id = self.tokens[-1]
         if token_id in self.eos_token_ids:
             return FinishReason.END_OF_SEQUENCE

@@ -14,15 +14,15 @@ def num_missing(pool: BlockPool, request: Request, num_tokens: int) -> int:
 
 def num_found_in_use(pool: BlockPool, request: Request) -> int:
     """How many of the blocks it will find when it starts cost no room, because others hold them."""
-    found = pool.find(request.tenant, request.tokens, request.num_tokens - 1)
+    found = pool.find(request.tenant, request.tokens, request.num_reusable)
     return sum(pool.num_references_to(block_id) > 0 for block_id in found.block_ids)
 
 
 def share_cached(pool: BlockPool, request: Request) -> CachedPrefix:
-    """Gives it the pages that hold its next tokens; returns what else was found. Its last token is always computed:
-    without it there are no logits.
+    """Gives it the pages that hold its next tokens; returns what else was found. A token behind which another is chosen
+    is always computed: without it there are no logits.
     """
-    found = pool.find(request.tenant, request.tokens, request.num_tokens - 1, request.block_ids)
+    found = pool.find(request.tenant, request.tokens, request.num_reusable, request.block_ids)
     pool.share(found.block_ids)
     request.block_ids.extend(found.block_ids)
     request.num_computed = len(request.block_ids) * pool.block_size

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
-from pagestream.server import request_blocks
+from pagestream.server import given, request_blocks
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
@@ -64,8 +64,8 @@ class Scheduler:
                 f"a token budget of {token_budget} cannot give each of {max_running} running requests its next token"
             )
         self._pool = pool
-        self._token_budget = token_budget
-        self._max_running = max_running
+        self.token_budget = token_budget
+        self.max_running = max_running
         self._speculation = speculation
         self._running: list[Request] = []  # these three in arrival order
         self._waiting: list[Request] = []
@@ -129,9 +129,9 @@ class Scheduler:
         reads at most `max_prompt_tokens` of prompts, but never none.
         """
         planned: dict[Request, Chunk] = {}
-        for request in [request for request in self._running if request.num_uncomputed == 1]:
+        for request in [request for request in self._running if request.num_uncomputed == 1 and not request.given]:
             self._plan_chunk(request, 1, planned)
-        budget = self._token_budget - len(planned)
+        budget = self.token_budget - len(planned)
         if planned and max_prompt_tokens is not None:
             budget = min(budget, max(max_prompt_tokens, 1))
         while (starting := self._next_to_start()) is not None:
@@ -140,7 +140,7 @@ class Scheduler:
         for request, length in self._fair_share.divide(prompts, budget):
             self._plan_chunk(request, length, planned)
         if self._speculation and not prompts and not self._waiting:
-            add_proposals(self._pool, planned, self._token_budget)
+            add_proposals(self._pool, planned, self.token_budget)
         chosen = {request: chunk for request, chunk in planned.items() if request.state is RequestState.RUNNING}
         plan = StepPlan(tuple(chosen.values()))
         self._in_flight = (plan, tuple(chosen))
@@ -201,8 +201,8 @@ class Scheduler:
             arrivals = [_arrival(request) for request in queue]
             if any(older >= younger for older, younger in pairwise(arrivals)):
                 raise RuntimeError(f"those {state} are not in arrival order: {arrivals}")
-        if len(self._running) > self._max_running:
-            raise RuntimeError(f"{len(self._running)} requests run, {self._max_running} may")
+        if len(self._running) > self.max_running:
+            raise RuntimeError(f"{len(self._running)} requests run, {self.max_running} may")
 
     def _queues(self) -> dict[RequestState, list[Request]]:
         return {
@@ -220,7 +220,7 @@ class Scheduler:
         none waits for room that answers shorter than allowed never use.
         """
         ready = [request for request in self._waiting if request.may_start]
-        if not ready or len(self._running) == self._max_running:
+        if not ready or len(self._running) == self.max_running:
             return None
         first = next_in_turn(ready, self._running)
         candidates = (*self._running, first)
@@ -249,8 +249,11 @@ class Scheduler:
         """
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
+        room = given.room_to_score(planned.values())
+        if request.given and not room:  # those before it have all of it, in this step
+            return
         request_blocks.take_cached(self._pool, request, length)
-        length = min(length, request.num_uncomputed)
+        length = min(length, given.most_tokens(request, room))
         missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)
         while missing > self._pool.num_available:
             if self._preempt_youngest() is request:
@@ -265,6 +268,7 @@ class Scheduler:
             block_ids=request.block_ids,
             sampling=request.sampling,
             copy_from=request.copy_from,
+            given=request.given[len(request.scores) :],
         )
 
     def _preempt_youngest(self) -> Request:
@@ -285,10 +289,13 @@ class Scheduler:
         request.num_computed = 0
 
     def _advance(self, request: Request, chunk: Chunk, sampled: tuple[SampledToken, ...]) -> Advance:
-        if chunk.samples != bool(sampled) or len(sampled) > 1 + len(chunk.proposed):
+        if bool(chunk.sampled_positions) != bool(sampled) or len(sampled) > len(chunk.sampled_positions):
             raise ValueError(f"the result for request {request.request_id} does not answer its chunk")
-        sampled = accept(request, chunk, sampled, self._pool.capacity)
-        end = request.num_tokens - 1 if sampled else chunk.end
+        if chunk.given:
+            sampled = given.collect(request, chunk, sampled)
+        else:
+            sampled = accept(request, chunk, sampled, self._pool.capacity)
+        end = request.num_tokens - 1 if chunk.proposed else chunk.end
         self.recomputed_tokens_total += max(0, min(end, request.num_computed_before) - chunk.start)
         if request.num_cached is None:
             request.num_cached = chunk.start

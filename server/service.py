@@ -80,7 +80,7 @@ class GenerationService(GenerationServiceServicer):
             engine = model.engine
             remaining = context.time_remaining()
             deadline = None if remaining is None else received + remaining
-            tenant = _tenant(context)
+            tenant = tenant_of(context)
             # Before tokenising: a full or draining server must not spend time on the prompt.
             answers = num_answers(request)
             with engine.inbox.entering(max(1, len(request.token_ids.ids)), answers):
@@ -113,7 +113,7 @@ class GenerationService(GenerationServiceServicer):
                     self._metrics.observe_first_delta(jobs[0].request.num_prompt_tokens, time.monotonic() - received)
 
 
-def _tenant(context: Context) -> str:
+def tenant_of(context: Context) -> str:
     """A digest of the tenant of the caller's key or, where that has none, of what the client calls itself, which says
     nothing beyond its own key; the name itself is of no use and of no concern here.
     """

@@ -56,7 +56,8 @@ class Mailbox:
 def merge(deltas: list[Delta]) -> Delta:
     """One for all, which are of one answer."""
     tokens = tuple(token for d in deltas for token in d.tokens)
-    return Delta("".join(d.text for d in deltas), tokens, deltas[0].index)
+    stats = tuple(token for d in deltas for token in d.stats)
+    return Delta("".join(d.text for d in deltas), tokens, deltas[0].index, stats)
 
 
 class Streams:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from google.protobuf import duration_pb2
 
 from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.server import events
+from pagestream.server.forecast import Estimate
 from pagestream.server.job import Job
 from pagestream.server.request import FinishReason
+from pagestream.server.stats import RequestStats, TokenStats
 from pagestream.v1 import generation_pb2 as pb
+from pagestream.v1 import insight_pb2, stats_pb2
 
 _REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
@@ -30,6 +35,19 @@ def accepted(job: Job, queue_position: int) -> pb.Accepted:
     )
 
 
+def estimate(forecast: Estimate) -> insight_pb2.EstimateResponse:
+    return insight_pb2.EstimateResponse(
+        prompt_tokens=forecast.prompt_tokens,
+        cached_tokens=forecast.cached_tokens,
+        time_to_first_token=_duration(forecast.first_token),
+        queue=_duration(forecast.queue),
+        stall_for_others=_duration(forecast.stall_for_others),
+        gap_after=_duration(forecast.gap_after),
+        extrapolated=forecast.extrapolated,
+        samples=forecast.samples,
+    )
+
+
 def progress(event: events.Progress) -> pb.PrefillProgress:
     return pb.PrefillProgress(computed_tokens=event.computed_tokens, total_tokens=event.total_tokens)
 
@@ -40,7 +58,18 @@ def delta(event: events.Delta, output: pb.OutputConfig) -> pb.Delta:
         token_ids=[token.token_id for token in event.tokens] if output.token_ids else (),
         logprobs=[_logprob(token, token.logprob) for token in event.tokens if token.logprob is not None],
         index=event.index,
+        stats=map(_token_stats, event.stats),
     )
+
+
+def _token_stats(stats: TokenStats) -> stats_pb2.TokenStats:
+    gaps = {name: _duration(getattr(stats, name)) for name in ("gap", "predicted_gap", "stall")}
+    return stats_pb2.TokenStats(**asdict(stats) | gaps)
+
+
+def _request_stats(stats: RequestStats) -> stats_pb2.RequestStats:
+    stalls = {name: _duration(getattr(stats, name)) for name in ("stall_suffered", "stall_caused")}
+    return stats_pb2.RequestStats(**asdict(stats) | stalls)
 
 
 def _logprob(token: SampledToken, logprob: float) -> pb.TokenLogprob:
@@ -61,6 +90,7 @@ def finished(event: events.Finished) -> pb.Finished:
         ),
         timings=_timings(event.timings),
         index=event.index,
+        stats=None if event.stats is None else _request_stats(event.stats),
     )
 
 
@@ -85,14 +115,10 @@ def _timings(timings: events.Timings) -> pb.Timings:
         prefill=_duration(timings.prefill),
         decode=_duration(timings.decode),
         time_to_first_token=_duration(timings.time_to_first_token),
-        inter_token_p50=_duration(_percentile(gaps, 0.50)),
-        inter_token_p99=_duration(_percentile(gaps, 0.99)),
+        inter_token_p50=_duration(events.nearest_rank(gaps, 0.50)),
+        inter_token_p99=_duration(events.nearest_rank(gaps, 0.99)),
+        predicted_time_to_first_token=_duration(timings.predicted_time_to_first_token),
     )
-
-
-def _percentile(ordered: list[float], share: float) -> float | None:
-    """Nearest rank."""
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
 
 
 def _duration(seconds: float | None) -> duration_pb2.Duration | None:

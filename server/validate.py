@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +16,9 @@ from google.protobuf.duration_pb2 import Duration
 from pagestream.model.step import SamplingParams
 from pagestream.server.errors import InvalidFieldError
 from pagestream.server.request import Priority
+from pagestream.server.stats import Span, StatsDetail, StatsRequest
 from pagestream.v1 import generation_pb2 as pb
+from pagestream.v1 import insight_pb2, stats_pb2
 
 MAX_ANSWERS = 16
 MAX_STOP_STRINGS = 16
@@ -25,6 +27,9 @@ MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_REQUEST_ID_BYTES = 128
+MAX_ATTENTION_EVERY = 4096
+MAX_SPANS = 64
+MAX_SPAN_NAME = 64  # characters
 _TEXT_BYTES_PER_TOKEN = 128  # more than the longest tokens there are; text has 4
 _LEAST_TEXT_BYTES = 8 * 2**20  # is always tokenised, to tell how many tokens it has
 
@@ -37,6 +42,8 @@ _PRIORITIES = {
 
 Number = TypeVar("Number", int, float)
 GenerateMessage = pb.GenerateRequest | pb.GenerateStreamRequest
+ScoreMessage = insight_pb2.ScoreRequest | insight_pb2.AblateSpansRequest
+PromptMessage = GenerateMessage | ScoreMessage | insight_pb2.EstimateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +100,9 @@ def stop_rules(stop: pb.StopConfig, eos_token_ids: tuple[int, ...], vocab_size: 
     )
 
 
-def check_prompt(request: GenerateMessage, vocab_size: int) -> None:
+def check_prompt(request: PromptMessage, vocab_size: int) -> None:
     """Checks what can be checked without tokenising. Raises InvalidFieldError."""
-    if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
+    if isinstance(request, GenerateMessage) and len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         raise InvalidFieldError("request_id", f"must have at most {MAX_REQUEST_ID_BYTES} bytes")
     match request.WhichOneof("prompt"):
         case None:
@@ -139,11 +146,63 @@ def queue_timeout(request: GenerateMessage) -> float | None:
     return _seconds("queue_timeout", request.queue_timeout, 0.001) if request.HasField("queue_timeout") else None
 
 
-def priority(request: GenerateMessage) -> Priority:
+def priority(request: GenerateMessage | ScoreMessage) -> Priority:
     """Raises InvalidFieldError."""
     if request.priority not in _PRIORITIES:
         raise InvalidFieldError("priority", f"{request.priority} is not one of pagestream.v1.Priority")
     return _PRIORITIES[request.priority]
+
+
+def check_answer(request: ScoreMessage, vocab_size: int) -> None:
+    """Raises InvalidFieldError."""
+    if not request.answer_token_ids:
+        raise InvalidFieldError("answer_token_ids", "must not be empty")
+    _check_tokens("answer_token_ids", request.answer_token_ids, vocab_size, len(request.answer_token_ids))
+
+
+def stats_request(stats: stats_pb2.StatsOptions, page_tokens: int) -> StatsRequest:
+    """All but where spans end, for which see check_spans. Raises InvalidFieldError."""
+    if stats.level not in stats_pb2.StatsLevel.values():
+        raise InvalidFieldError("stats.level", f"{stats.level} is not one of pagestream.v1.StatsLevel")
+    detail = StatsDetail(stats.level or StatsDetail.OFF)
+    every = 16 if detail is StatsDetail.SPANS else 1
+    if stats.HasField("attention_every"):
+        every = _check_range("stats.attention_every", stats.attention_every, 1, MAX_ATTENTION_EVERY)
+    if stats.spans and detail is not StatsDetail.SPANS:
+        raise InvalidFieldError("stats.spans", "need the level STATS_LEVEL_SPANS")
+    return StatsRequest(detail, every, spans("stats.spans", stats.spans), page_tokens)
+
+
+def spans(field: str, messages: Sequence[stats_pb2.Span]) -> tuple[Span, ...]:
+    """All but where they end, for which see check_spans. Raises InvalidFieldError."""
+    if len(messages) > MAX_SPANS:
+        raise InvalidFieldError(field, f"at most {MAX_SPANS} are allowed")
+    names: set[str] = set()
+    for index, span in enumerate(messages):
+        if not 1 <= len(span.name) <= MAX_SPAN_NAME:
+            raise InvalidFieldError(f"{field}[{index}].name", f"must have 1 to {MAX_SPAN_NAME} characters")
+        if span.name in names:
+            raise InvalidFieldError(f"{field}[{index}].name", "is that of another span")
+        names.add(span.name)
+    return tuple(Span(span.name, span.begin_token, span.end_token) for span in messages)
+
+
+def check_spans(field: str, spans: Sequence[Span], num_prompt_tokens: int) -> None:
+    """Raises InvalidFieldError for a span that is empty or ends behind the prompt."""
+    for index, span in enumerate(spans):
+        if not span.begin < span.end <= num_prompt_tokens:
+            limit = f"must be above begin_token and at most the prompt's length, {num_prompt_tokens}"
+            raise InvalidFieldError(f"{field}[{index}].end_token", f"{limit}, not {span.end}")
+
+
+def check_ablated(spans: Sequence[Span], num_prompt_tokens: int) -> None:
+    """That there is something to leave out, and something left. Raises InvalidFieldError."""
+    if not spans:
+        raise InvalidFieldError("spans", "there must be at least one")
+    check_spans("spans", spans, num_prompt_tokens)
+    for index, span in enumerate(spans):
+        if span.end - span.begin == num_prompt_tokens:
+            raise InvalidFieldError(f"spans[{index}]", "must not be the whole prompt: the answer must follow something")
 
 
 def _seconds(name: str, duration: Duration, low: float) -> float:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"server": "server", "model": "model", "kernels": "kernels", "protos/pagestream/v1": "v1"}
-SUFFIXES = {".py", ".pyi", ".proto", ".h", ".cpp", ".cu", ".cuh", ".typed"}
+SUFFIXES = {".py", ".pyi", ".proto", ".h", ".cpp", ".cu", ".cuh", ".typed", ".html", ".css", ".js", ".txt"}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
 // once, scores = Q K^T, online softmax, O += P V. Every 256 keys are one split with its own softmax state; splits
 // are merged in order, here or, for a block that threads share, in finish().
 #include "gemm.h"
-#include "rows.h"
+#include "observe.h"
 #if defined(__AMX_BF16__)
 #include "tiles.h"
 #endif
@@ -167,6 +167,7 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
           for (int d = 0; d < width; d += kLanes) store(o + d, load(o + d) * factor);
         if constexpr (kWithStats)
           add_masses(p, row, scores, split_begin * kTile, begin, lo, hi, factor, scratch.part[r]);
+        if constexpr (kWithStats) keep_weights(p, row, scores, begin, kTile, scratch.part[r].m);
         if constexpr (kScaled) multiply_by(scratch.value_scales, kTile, scores);
       }
       add_values(value_rows, begin, end, rows, width, scratch, tile > split_begin);
@@ -188,8 +189,15 @@ void run_segment(const AttentionParams& p, const Segment& s, const Scratch& scra
   for (int r = 0; r < rows; ++r) finish_row(p, Row(p, s, r), scratch.total[r], scratch.total_out + r * width);
 }
 
+// Whether statistics are asked of some row of the segment.
+bool with_stats(const AttentionParams& p, const Segment& s) {
+  if (p.observed == nullptr) return p.stats != nullptr || p.page_masses != nullptr;
+  for (int i = 0; i < s.num_positions; ++i)
+    if (p.observed[s.first_row + i] >= 0) return true;
+  return false;
+}
+
 void run(const AttentionParams& p, const Segment* segments, int64_t count, float* memory, float* workspace) {
-  const bool with_stats = p.stats != nullptr || p.page_masses != nullptr;
 #if defined(__AMX_BF16__)
   if (fits_tiles(p)) {
     const TileScratch scratch(p, memory);
@@ -197,8 +205,8 @@ void run(const AttentionParams& p, const Segment* segments, int64_t count, float
     using Run = void (*)(const AttentionParams&, const Segment&, const TileScratch&, float*);
     constexpr Run kRun[2][2] = {{run_tiles<BFloat16, false>, run_tiles<BFloat16, true>},
                                 {run_tiles<int8_t, false>, run_tiles<int8_t, true>}};
-    const Run run_one = kRun[p.cache_dtype == DType::kInt8][with_stats];
-    for (int64_t i = 0; i < count; ++i) run_one(p, segments[i], scratch, workspace);
+    const Run* const runs = kRun[p.cache_dtype == DType::kInt8];
+    for (int64_t i = 0; i < count; ++i) runs[with_stats(p, segments[i])](p, segments[i], scratch, workspace);
     _tile_release();
     return;
   }
@@ -209,8 +217,8 @@ void run(const AttentionParams& p, const Segment* segments, int64_t count, float
                               {run_segment<BFloat16, false>, run_segment<BFloat16, true>},
                               {run_segment<Float16, false>, run_segment<Float16, true>},
                               {run_segment<int8_t, false>, run_segment<int8_t, true>}};
-  const Run run_one = kRun[static_cast<int>(p.cache_dtype)][with_stats];
-  for (int64_t i = 0; i < count; ++i) run_one(p, segments[i], scratch, workspace);
+  const Run* const runs = kRun[static_cast<int>(p.cache_dtype)];
+  for (int64_t i = 0; i < count; ++i) runs[with_stats(p, segments[i])](p, segments[i], scratch, workspace);
 }
 
 void finish(const AttentionParams& p, const Segment& block, float* total_out, const float* workspace) {
@@ -229,4 +237,4 @@ void finish(const AttentionParams& p, const Segment& block, float* total_out, co
 
 }  // namespace
 
-extern "C" const pagestream::AttentionKernel PAGESTREAM_ISA = {scratch_floats, partial_floats, run, finish};
+extern "C" const pagestream::AttentionKernel PAGESTREAM_ISA = {scratch_floats, partial_floats, run, finish, observe};

@@ -173,7 +173,9 @@ const T* data_of(const Tensor& tensor) {
 void decode(const Tensor model, double epsilon, double magnitude, const Tensor token_ids, const Tensor positions,
             const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
             const Tensor sampled_rows, const Tensor caches, const std::optional<Tensor> scales, const Tensor logits,
-            const Tensor seconds) {
+            const Tensor seconds, const std::optional<Tensor> observed, const std::optional<Tensor> spans,
+            const std::optional<Tensor> means, const std::optional<Tensor> page_masses,
+            const std::optional<Tensor> span_shares) {
   const auto& m = *reinterpret_cast<const pagestream::DecoderModel*>(model.data_ptr());
   const int64_t element = caches.element_size();
   pagestream::DecoderStep s = {};
@@ -214,6 +216,19 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
   p.num_kv_heads = static_cast<int32_t>(m.num_kv_heads);
   p.head_size = static_cast<int32_t>(m.head_size);
   p.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(m.head_size)));
+  pagestream::Observation observation = {};
+  if (observed) {
+    observation.rows = data_of<pagestream::ObservedRow>(*observed);
+    observation.spans = data_of<pagestream::ObservedSpan>(*spans);
+    observation.num_rows = observed->size(0);
+    observation.num_spans = spans->size(0);
+    observation.num_groups = means->size(1);
+    observation.num_page_rows = page_masses->size(0);
+    observation.means = static_cast<pagestream::GroupMeans*>(means->data_ptr());
+    observation.page_masses = static_cast<float*>(page_masses->data_ptr());
+    observation.span_shares = static_cast<float*>(span_shares->data_ptr());
+    s.observation = &observation;
+  }
   pagestream::decode(selected, m, s, torch::stable::get_num_threads());
 }
 

@@ -2,8 +2,10 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <string>
 
+#include "observer.h"
 #include "operators.h"
 #include "store_kv.h"
 #include "thread_pool.h"
@@ -44,6 +46,7 @@ class Decoder {
     quantized_ = thread_buffer<DecoderScratch>(quantized + floats * int64_t{sizeof(float)});
     float* next = reinterpret_cast<float*>(quantized_ + quantized);
     for (size_t i = 0; i < std::size(widths); next += rows_ * widths[i++]) *buffers[i] = next;
+    if (s_.observation != nullptr) observer_.emplace(*s_.observation, s_.attention, m_.num_layers);
   }
 
   void run() {
@@ -165,8 +168,12 @@ class Decoder {
       store(keys, row);
       store(values, row);
     });
-    const Timer timer(s_.seconds[0]);
-    attend(*kernels_.attention, p, plan_for(p), threads_);
+    if (observer_) observer_->keep(p);
+    {
+      const Timer timer(s_.seconds[0]);
+      attend(*kernels_.attention, p, plan_for(p), threads_);
+    }
+    if (observer_) observer_->observe(*kernels_.attention, p, index, threads_);
   }
 
   // Layers with the same window have the same plan.
@@ -207,6 +214,7 @@ class Decoder {
   float *hidden_, *delta_, *heads_, *attended_, *gate_up_, *cos_, *sin_;
   char* quantized_;
   std::vector<std::pair<int32_t, Plan>> plans_;
+  std::optional<Observer> observer_;
 };
 
 // What only the contents of the tensors tell; sequences are checked with the plan.
@@ -225,6 +233,7 @@ void check(const DecoderModel& m, const DecoderStep& s) {
       throw std::invalid_argument("sampled_rows must increase and name rows; entry " + std::to_string(i) + " is " +
                                   std::to_string(s.sampled_rows[i]) + " of " + std::to_string(rows));
   for (int32_t sequence = 0; sequence < s.attention.num_sequences; ++sequence) check_sequence(s.attention, sequence);
+  if (s.observation != nullptr) check_observation(*s.observation, s.attention);
 }
 
 }  // namespace

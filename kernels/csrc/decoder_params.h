@@ -35,6 +35,25 @@ struct DecoderModel {
   const DecoderLayer* layers() const { return reinterpret_cast<const DecoderLayer*>(this + 1); }
 };
 
+// Means over the layers and heads of a third of the network; of what leaves position 0 out, over those that put more
+// than kLeastRest elsewhere. summary.py reads it as floats.
+struct GroupMeans {
+  float heads;
+  float entropy, entropy_min, entropy_max, sink, recent, p_max;
+  float rest_heads, entropy_rest, log2_distance;
+  float bands[kBands];
+};
+
+// The rows of a step whose attention is observed. L: layers; G: groups; P: rows that ask for pages; M: max_pages.
+struct Observation {
+  const ObservedRow* rows;    // [O], rising
+  const ObservedSpan* spans;  // [N], in the order of their rows
+  int64_t num_rows, num_spans, num_groups, num_page_rows;  // O, N, G, P
+  GroupMeans* means;   // [O, G]
+  float* page_masses;  // [P, L, Hq, 1 + M], zeros before: of position 0, of each page
+  float* span_shares;  // [N, L, Hq, 2]: mass, <o_span, o> / |o|^2
+};
+
 struct DecoderStep {
   const int64_t *token_ids, *positions, *slots;  // [T]
   const int64_t* sampled_rows;                   // [R], increasing
@@ -44,6 +63,7 @@ struct DecoderStep {
   int64_t cache_layer_bytes;                     // from one layer's caches to the next one's
   int64_t scale_layer_stride;                    // likewise, floats, of int8 caches
   AttentionParams attention;                     // all but query, out and window; the caches are those of layer 0
+  const Observation* observation;                // or null
   double* seconds;                               // [2] added to: what attention and what products took
 };
 

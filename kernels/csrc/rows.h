@@ -26,6 +26,7 @@ int64_t partial_floats(const AttentionParams& p) { return padded_head(p) + int64
 struct Row {
   int position, visible_begin;
   int64_t token, head;
+  int observed;  // place among the rows that are, or -1
 
   Row() = default;
   Row(const AttentionParams& p, const Segment& s, int r) {
@@ -34,6 +35,7 @@ struct Row {
     visible_begin = p.window > 0 ? max(0, position - p.window + 1) : 0;
     token = s.first_row + i;
     head = int64_t{s.kv_head} * group + r % group;
+    observed = p.observed == nullptr ? -1 : p.observed[token];
   }
 
   float* page_masses(const AttentionParams& p) const {
@@ -58,6 +60,15 @@ inline void add_sink_and_recent(const Row& row, const float* weights, int begin,
   if (recent < hi) state.recent += sum_between(weights, max(lo, recent), hi);
 }
 
+// Keeps the weights of `count` keys from `begin` on, a multiple of a tile.
+inline void keep_weights(const AttentionParams& p, const Row& row, const float* weights, int begin, int count,
+                         float shift) {
+  if (row.observed < 0) return;
+  const int64_t at = (row.observed * int64_t{p.num_heads} + row.head) * p.weight_stride + begin;
+  memcpy(p.weights + at, weights, sizeof(float) * count);
+  for (int tile = 0; tile < count / kTile; ++tile) p.weight_shifts[at / kTile + tile] = shift;
+}
+
 template <typename T>
 void write_row(T* out, const float* o, float l, int head_size) {
   for (int d = 0; d < head_size; ++d) from_float(o[d] / l, out[d]);
@@ -70,7 +81,8 @@ void finish_row(const AttentionParams& p, const Row& row, const Softmax& state, 
     case DType::kBFloat16: write_row(static_cast<BFloat16*>(p.out) + at, o, state.l, p.head_size); break;
     case DType::kFloat16: write_row(static_cast<Float16*>(p.out) + at, o, state.l, p.head_size); break;
   }
-  if (p.stats != nullptr) state.read_out(p.stats + (row.token * p.num_heads + row.head) * kStats);
+  const int64_t stats_row = p.observed == nullptr ? row.token : row.observed;
+  if (p.stats != nullptr && stats_row >= 0) state.read_out(p.stats + (stats_row * p.num_heads + row.head) * kStats);
   if (p.page_masses == nullptr) return;
   float* masses = row.page_masses(p);
   const int first = row.visible_begin / p.page_size, last = row.position / p.page_size;

@@ -146,6 +146,7 @@ void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int firs
     part[r] = weigh<kWithStats, kScaled>(scores, weights, scratch.value_scales, lo, hi, count, c);
     if constexpr (kWithStats) {
       add_sink_and_recent(row, scores, begin, lo, hi, part[r]);
+      keep_weights(p, row, scores, begin, count, part[r].m);
       if (p.page_masses != nullptr) write_page_masses(p, row, scores, begin, hi, part[r].m);
     }
   }

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import pytest
@@ -17,14 +19,19 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagestream.kernels import selftest
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server import errors
+from pagestream.server.attention_metrics import AttentionMetrics
 from pagestream.server.collector import make_registry
+from pagestream.server.cost_model import TERMS
 from pagestream.server.events import Timings
-from pagestream.server.metric_families import FAMILIES, REJECTION_REASONS
+from pagestream.server.metric_families import CTX, FAMILIES, OBJECTIVES, PHASES, REJECTION_REASONS
 from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+from pagestream.server.probes import LENGTHS, Task
 from pagestream.server.request import FinishReason, Request
-from pagestream.v1 import generation_pb2, model_pb2, tokenizer_pb2
+from pagestream.v1 import generation_pb2, insight_pb2, model_pb2, tokenizer_pb2
+from tests.support.summaries import make_row, output_of
 
 MakeMetrics = Callable[..., Metrics]
 
@@ -62,6 +69,20 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
     metrics.observe_cancel_release("shutdown", 0.001)
     metrics.set_reuse(preemptions=1, recomputed_tokens=17, queried_tokens=0, hit_tokens=0, evicted_blocks=0)
     metrics.observe_step(StepPlan((Chunk("r", range(8), 5, 7, 1, (), SamplingParams()),)), 0.02, 0)
+    for ctx in CTX:
+        for phase in PHASES:
+            metrics.book([(f"attention_{what}_total", 2.0, (phase, ctx)) for what in ("kernel_seconds", "kv_bytes")])
+        metrics.book([("stall_caused_seconds_total", 0.1, (ctx,))])
+        for objective in OBJECTIVES:
+            metrics.book([("slo_requests_total", 1, (ctx, objective, met)) for met in ("true", "false")])
+    for name in ("cost_fit_seconds", "cost_fit_lower95_seconds", "cost_fit_upper95_seconds"):
+        metrics.set_gauges({name: dict.fromkeys([(term,) for term in TERMS], 0.001)})
+    rows = [make_row(context, entropy=context**0.1) for context in ONE_OF_EACH_CTX for _ in range(20)]
+    AttentionMetrics(metrics).record(rows, [output_of(5)], with_pages=True)
+    probes = list(product(get_args(Task), map(str, LENGTHS)))
+    metrics.set_gauges({f"canary_{which}": dict.fromkeys(probes, -0.5) for which in ("logprob", "baseline_logprob")})
+    laws = [(law,) for law in selftest.TESTS]
+    metrics.set_gauges({f"selftest_{what}": dict.fromkeys(laws, 1.0) for what in ("ok", "max_error")})
     metrics.observe_loop_lag(0.001)
     metrics.observe_tokenize(0.001)
     for method in rpc_names():
@@ -76,7 +97,7 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
 def rpc_names() -> list[str]:
     services = [
         service
-        for module in (generation_pb2, model_pb2, tokenizer_pb2)
+        for module in (generation_pb2, insight_pb2, model_pb2, tokenizer_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
     ]
     ours = [f"/{service.full_name}/{method.name}" for service in services for method in service.methods]

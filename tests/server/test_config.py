@@ -39,7 +39,9 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
         "http_port": 0, "threads": 3, "kv_memory": 4096, "max_context": 77, "page_size": 128, "token_budget": 9,
         "max_running": 8, "max_queue_requests": 7, "max_queue_tokens": 6, "target_gap_ms": 7.5,
         "slow_reader_seconds": 1.5, "drain_seconds": 0.5, "cache_dir": "/c", "prefix_cache": False,
-        "speculation": False, "deterministic": True, "tls_cert": "/s/tls.pem", "tls_key": "/s/tls.key",
+        "speculation": False, "deterministic": True, "slo_ttft_ms": 900.0, "slo_itl_ms": 50.0, "slo_e2e_s": 9.0,
+        "attention_every": 5, "canary_interval": 30.0,
+        "tls_cert": "/s/tls.pem", "tls_key": "/s/tls.key",
         "tls_client_ca": "/s/ca.pem", "keys_file": "/s/keys.toml", "admin_socket": "/s/admin", "log_format": "json",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(ServerConfig)}

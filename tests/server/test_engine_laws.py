@@ -26,6 +26,7 @@ from pagestream.server.events import Delta, Failed, Finished
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Job, Publication
 from pagestream.server.metrics import Metrics
+from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.prompt_lookup import MAX_PROPOSED
 from pagestream.server.request import FinishReason, Priority
@@ -75,6 +76,7 @@ class EngineMachine(RuleBasedStateMachine):
             QueueLimits(QUEUE, 200),
             ReaderLimits(UNREAD, PATIENCE),
             Pace(1.0),
+            Observer(self.metrics, 0, self.clock),
             self.publish,
             lambda: pytest.fail("the engine is gone"),
             self.clock,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
@@ -16,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from pagestream.server import http
 from pagestream.server.http import HttpServer, start_http
-from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+from pagestream.server.metrics import Metrics, ServerState
 from tests.support.waiting import wait_until
 
 
@@ -79,31 +81,22 @@ def test_health_follows_the_state(
     assert get(server, "/healthz")[:2] == (status, text)
 
 
-def test_status_page_shows_the_live_state(server: HttpServer, metrics: Metrics) -> None:
-    metrics.state = ServerState.READY
-    metrics.snapshot = EngineSnapshot(running_contexts=(5, 6, 7), waiting_contexts=(8,), free_blocks=1, active_blocks=3)
+def test_the_live_page_is_one_document_that_needs_no_other_address(server: HttpServer) -> None:
     status, body, headers = get(server, "/")
     page = body.decode()
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    for part in ("<td>m\n", "<td>ready", "<td>3", "<td>1", "<td>75%", 'href="/metrics"', 'http-equiv="refresh"'):
+    assert "default-src 'none'; connect-src 'self'" in headers["Content-Security-Policy"]  # a browser holds it to that
+    for part in ("<title>pagestream</title>", 'href="/metrics"', "uPlot", "<noscript>"):
         assert part in page
-    assert "src=" not in page  # self-contained
+    assert not re.search(r"<(script|img|iframe)[^>]+src=|@import|url\(http", page)
 
 
-def test_status_page_escapes_the_name_of_the_model(make_metrics: Callable[..., Metrics]) -> None:
-    server = start_http(0, "127.0.0.1", make_metrics(model="<b>&"))
-    try:
-        assert "<td>&lt;b&gt;&amp;" in get(server, "/")[1].decode()
-    finally:
-        server.close()
-
-
-def test_status_page_before_the_model_is_loaded() -> None:
-    server = start_http(0, "127.0.0.1", Metrics())
-    try:
-        assert "not loaded yet" in get(server, "/")[1].decode()
-    finally:
-        server.close()
+def test_live_json_is_never_cached(server: HttpServer, metrics: Metrics) -> None:
+    metrics.state = ServerState.READY
+    status, body, headers = get(server, "/live.json")
+    assert (status, json.loads(body)["state"]) == (200, "ready")
+    assert headers["Content-Type"] == "application/json; charset=utf-8"
+    assert headers["Cache-Control"] == "no-store"
 
 
 def test_other_paths_are_not_found(server: HttpServer) -> None:

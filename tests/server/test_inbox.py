@@ -61,7 +61,7 @@ def test_the_wait_to_come_is_that_of_reading_what_waits_at_the_speed_of_late(
     clock = FakeClock()
     rig = Rig(make_metrics(), clock=clock, token_budget=4, max_running=1)
     rig.runner.on_step = lambda _plan: setattr(clock, "now", clock.now + 2)
-    rig.submit("first", prompt="x" * 12, max_new_tokens=100)
+    rig.submit("first", prompt="x" * 40, max_new_tokens=100)
     rig.recorder.end_of("first")
     rig.runner.hold()
     rig.submit("runs", prompt="x", max_new_tokens=50)

@@ -24,7 +24,9 @@ MakeMetrics = Callable[..., Metrics]
 # As in the specification of the metrics, written out again.
 CTX_UPPER = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 T = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
+STAGE = (0.0025, 0.01, 0.04, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
 G = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
+MEAN_G = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 TOKEN_COUNTS = [2**k for k in range(18)]
 
 contexts = st.one_of(st.integers(1, 200_000), st.sampled_from([n + d for n in CTX_UPPER for d in (-1, 0, 1)]))
@@ -94,8 +96,11 @@ def test_request_times_equal_prometheus_own_histogram(
     make_metrics: MakeMetrics, requests: list[tuple[int, float, float]]
 ) -> None:
     metrics, registry = make_metrics(), CollectorRegistry()
-    names = [f"pagestream_{n}_seconds" for n in ("queue_time", "prefill_time", "time_to_first_token")]
-    oracles = [Histogram(name, "h", ["model", "ctx"], registry=registry, buckets=T) for name in names]
+    buckets = {"queue_time": STAGE, "prefill_time": STAGE, "time_to_first_token": T}
+    oracles = [
+        Histogram(f"pagestream_{name}_seconds", "h", ["model", "ctx"], registry=registry, buckets=edges)
+        for name, edges in buckets.items()
+    ]
     for prompt_tokens, queue, prefill in requests:
         metrics.observe_first_token(prompt_tokens, make_timings(queue=queue, prefill=prefill))
         metrics.observe_first_delta(prompt_tokens, queue + prefill)
@@ -114,7 +119,9 @@ def test_finished_requests_equal_prometheus_own_metrics(
     prompt = Histogram(f"{prefix}prompt_tokens", "h", ["model"], registry=registry, buckets=TOKEN_COUNTS)
     output = Histogram(f"{prefix}output_tokens", "h", ["model"], registry=registry, buckets=TOKEN_COUNTS)
     whole = Histogram(f"{prefix}context_tokens", "h", ["model"], registry=registry, buckets=TOKEN_COUNTS)
-    mean = Histogram("pagestream_time_per_output_token_seconds", "h", ["model", "ctx"], registry=registry, buckets=G)
+    mean = Histogram(
+        "pagestream_time_per_output_token_seconds", "h", ["model", "ctx"], registry=registry, buckets=MEAN_G
+    )
     finished = Counter("pagestream_requests_finished", "h", ["model", "reason"], registry=registry)
     duration = Histogram(f"{prefix}duration_seconds", "h", ["model", "outcome"], registry=registry, buckets=T)
     for oracle in (prompt, output, whole):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
+from pagestream.server.cost_model import work_of
 from pagestream.server.events import Finished
 from pagestream.server.metrics import Metrics
 from pagestream.server.pace import MIN_PROMPT_TOKENS, Pace
@@ -66,7 +67,7 @@ def taught(pace: Pace, machine: Machine, steps: int = 300, noise: float = 0.0, s
         if chance.random() < 0.5 or not chunks:
             chunks.append(prompt(chance.randint(0, 8000), chance.randint(1, 512)))
         plan = StepPlan(tuple(chunks))
-        pace.observe(plan, machine.seconds(plan) * (1 + chance.uniform(-noise, noise)))
+        pace.model.observe(work_of(plan.chunks), 8000, machine.seconds(plan) * (1 + chance.uniform(-noise, noise)))
     return pace
 
 
@@ -108,7 +109,7 @@ def test_hours_of_decoding_wash_out_nothing_that_is_known_of_prompts() -> None:
     before = pace.prompt_tokens(running([500], 1000))
     for step in range(5000):
         plan = StepPlan((decode(100 + step % 900),))
-        pace.observe(plan, machine.seconds(plan))
+        pace.model.observe(work_of(plan.chunks), 1000, machine.seconds(plan))
     assert pace.prompt_tokens(running([500], 1000)) == pytest.approx(before, rel=0.1)
 
 

@@ -21,9 +21,11 @@ from pagestream.server.events import Delta, Event, Failed, Finished
 from pagestream.server.inbox import QueueLimits
 from pagestream.server.job import Job, Publication, with_others
 from pagestream.server.metrics import Metrics
+from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
+from pagestream.server.stats import StatsRequest
 from tests.support.waiting import WAIT
 
 END = 256  # the token that ends an answer
@@ -52,7 +54,8 @@ class ByteTokenizer(Tokenizer):
 
 
 class EchoRunner:
-    """The n-th token of an answer is the n-th of the prompt, which begins again where it ends.
+    """The n-th token of an answer is the n-th of the prompt, which begins again where it ends. A given token has
+    log-probability 0 if it is the one before it again, else -1.
 
     `faults` names requests whose steps raise. Steps begin when they may: `hold` stops them at their beginning.
     """
@@ -78,6 +81,9 @@ class EchoRunner:
     @staticmethod
     def _answer(chunk: Chunk) -> tuple[SampledToken, ...]:
         length = chunk.num_prompt_tokens
+        if chunk.given:
+            tokens = [*chunk.tokens, chunk.given[-1]]
+            return tuple(_score(*tokens[position - 1 : position + 1]) for position in chunk.sampled_positions)
         return tuple(SampledToken(chunk.tokens[position % length]) for position in chunk.sampled_positions)
 
     def hold(self) -> None:
@@ -94,6 +100,10 @@ class EchoRunner:
         """Returns when a step wants to begin and may not."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._begun > self._allowed, WAIT)
+
+
+def _score(before: int, token: int) -> SampledToken:
+    return SampledToken(token, 0.0 if token == before else -1.0, ((before, 0.0),))
 
 
 class Recorder:
@@ -149,10 +159,12 @@ class Rig:
         readers: ReaderLimits | None = None,
         target_gap: float = 1e6,
         speculation: bool = False,
+        attention_every: int = 0,
+        runner: EchoRunner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
-        self.runner = EchoRunner()
+        self.runner = runner or EchoRunner()
         self.recorder = Recorder()
         self.gone = threading.Event()
         self.pool = BlockPool(num_blocks, block_size)
@@ -167,6 +179,7 @@ class Rig:
             limits or QueueLimits(1000, 1_000_000),
             readers or ReaderLimits(10_000, 1e9),  # a Recorder reads nothing
             Pace(target_gap),
+            Observer(metrics, attention_every, clock),
             publish or self.recorder.publish,
             on_fault or self.gone.set,
             clock,
@@ -192,6 +205,7 @@ def make_job(
     queue_deadline: float | None = None,
     stop_strings: tuple[str, ...] = (),
     progress_interval: float = 0.0,
+    stats: StatsRequest | None = None,
 ) -> Job:
     tokens = list(prompt.encode())
     return Job(
@@ -201,6 +215,7 @@ def make_job(
         deadline,
         queue_deadline,
         progress_interval,
+        stats=stats or StatsRequest(),
     )
 
 

@@ -423,13 +423,31 @@ class AttentionStructure(_message.Message):
         *,
         concentration_nats: _builtins.float = ...,
         routing_nats: _builtins.float = ...,
-        coherence_heads: _builtins.float = ...,
-        coherence_heads_null: _builtins.float = ...,
-        coherence_layers: _builtins.float = ...,
-        coherence_layers_null: _builtins.float = ...,
+        coherence_heads: _builtins.float | None = ...,
+        coherence_heads_null: _builtins.float | None = ...,
+        coherence_layers: _builtins.float | None = ...,
+        coherence_layers_null: _builtins.float | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coherence_heads", b"coherence_heads", "coherence_heads_null", b"coherence_heads_null", "coherence_layers", b"coherence_layers", "coherence_layers_null", b"coherence_layers_null", "concentration_nats", b"concentration_nats", "routing_nats", b"routing_nats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coherence_heads", b"_coherence_heads", "_coherence_heads_null", b"_coherence_heads_null", "_coherence_layers", b"_coherence_layers", "_coherence_layers_null", b"_coherence_layers_null", "coherence_heads", b"coherence_heads", "coherence_heads_null", b"coherence_heads_null", "coherence_layers", b"coherence_layers", "coherence_layers_null", b"coherence_layers_null"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coherence_heads", b"_coherence_heads", "_coherence_heads_null", b"_coherence_heads_null", "_coherence_layers", b"_coherence_layers", "_coherence_layers_null", b"_coherence_layers_null", "coherence_heads", b"coherence_heads", "coherence_heads_null", b"coherence_heads_null", "coherence_layers", b"coherence_layers", "coherence_layers_null", b"coherence_layers_null", "concentration_nats", b"concentration_nats", "routing_nats", b"routing_nats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__coherence_heads: _TypeAlias = _typing.Literal["coherence_heads"]  # noqa: Y015
+    _WhichOneofArgType__coherence_heads: _TypeAlias = _typing.Literal["_coherence_heads", b"_coherence_heads"]  # noqa: Y015
+    _WhichOneofReturnType__coherence_heads_null: _TypeAlias = _typing.Literal["coherence_heads_null"]  # noqa: Y015
+    _WhichOneofArgType__coherence_heads_null: _TypeAlias = _typing.Literal["_coherence_heads_null", b"_coherence_heads_null"]  # noqa: Y015
+    _WhichOneofReturnType__coherence_layers: _TypeAlias = _typing.Literal["coherence_layers"]  # noqa: Y015
+    _WhichOneofArgType__coherence_layers: _TypeAlias = _typing.Literal["_coherence_layers", b"_coherence_layers"]  # noqa: Y015
+    _WhichOneofReturnType__coherence_layers_null: _TypeAlias = _typing.Literal["coherence_layers_null"]  # noqa: Y015
+    _WhichOneofArgType__coherence_layers_null: _TypeAlias = _typing.Literal["_coherence_layers_null", b"_coherence_layers_null"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coherence_heads) -> _WhichOneofReturnType__coherence_heads | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coherence_heads_null) -> _WhichOneofReturnType__coherence_heads_null | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coherence_layers) -> _WhichOneofReturnType__coherence_layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coherence_layers_null) -> _WhichOneofReturnType__coherence_layers_null | None: ...
 
 Global___AttentionStructure: _TypeAlias = AttentionStructure  # noqa: Y015
 

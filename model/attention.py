@@ -1,0 +1,119 @@
+"""What a step is asked to say of attention, and the answers as plain data. Definitions: kernels/summary.py, step.py."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pagestream.kernels import summary
+from pagestream.kernels.summary import FIELDS, Observation
+from pagestream.model.agreement import agreement
+from pagestream.model.config import ModelConfig
+from pagestream.model.routing import entropy
+from pagestream.model.step import AttentionSummary, Chunk, GroupSummary, PageSummary, SpanSummary, StatsLevel, StepPlan
+
+Array = npt.NDArray[np.float32]
+
+_COVERED = 0.95
+
+
+def build_observation(plan: StepPlan, config: ModelConfig, max_pages: int) -> Observation | None:
+    """None where no chunk is observed. Raises ValueError for spans that are not inside the observed row's context."""
+    rows: list[tuple[int, int, int]] = []
+    spans: list[tuple[int, int, int]] = []
+    first_row, num_pages = 0, 0
+    for sequence, chunk in enumerate(plan.chunks):
+        if chunk.attention > StatsLevel.OFF:
+            has_pages = chunk.attention >= StatsLevel.PAGES
+            spans += [(len(rows), *span) for span in (_spans(chunk) if has_pages else ())]
+            rows.append((first_row + chunk.observed_position - chunk.start, sequence, num_pages if has_pages else -1))
+            num_pages += has_pages
+        first_row += chunk.length
+    if not rows:
+        return None
+    heads = (config.num_layers, config.num_heads)
+    return Observation(
+        rows=torch.from_numpy(np.array(rows, np.int32)),
+        spans=torch.from_numpy(np.array(spans, np.int32).reshape(-1, 3)),
+        means=torch.empty(len(rows), summary.num_groups(config.num_layers), len(FIELDS) + summary.BANDS),
+        page_masses=torch.zeros(num_pages, *heads, 1 + max_pages),
+        span_shares=torch.empty(len(spans), *heads, 2),
+    )
+
+
+def summarize(
+    plan: StepPlan, observation: Observation, config: ModelConfig, page_size: int
+) -> tuple[AttentionSummary | None, ...]:
+    """One for each chunk, None where it is not observed."""
+    means = iter(observation.means.tolist())
+    masses, shares = iter(observation.page_masses.numpy()), iter(observation.span_shares.numpy())
+
+    def summary_of(chunk: Chunk) -> AttentionSummary:
+        n = chunk.observed_position + 1
+        pages = None
+        if chunk.attention >= StatsLevel.PAGES:
+            mass = next(masses)[..., : 1 + -(-n // page_size)]
+            pages = _pages(mass, page_size, itertools.islice(shares, len(chunk.spans)), chunk)
+        groups = next(means)
+        return AttentionSummary(
+            context=n if 0 in config.windows else min(n, max(config.windows)),
+            groups=tuple(map(_group, groups)),
+            bands=tuple(tuple(values[len(FIELDS) :]) for values in groups),
+            pages=pages,
+        )
+
+    return tuple(summary_of(chunk) if chunk.attention > StatsLevel.OFF else None for chunk in plan.chunks)
+
+
+def _spans(chunk: Chunk) -> Iterator[tuple[int, int]]:
+    for begin, end in chunk.spans:
+        if not 0 <= begin < end <= chunk.observed_position + 1:
+            raise ValueError(f"{chunk.request_id}: span {begin} to {end} in {chunk.observed_position + 1} positions")
+        yield begin, end
+
+
+def _group(values: list[float]) -> GroupSummary:
+    of = dict(zip(FIELDS, values, strict=False))  # bands follow
+    return GroupSummary(
+        heads=round(of["heads"]),
+        entropy=of["entropy"],
+        entropy_min=of["entropy_min"],
+        entropy_max=of["entropy_max"],
+        sink_mass=of["sink"],
+        recent_mass=of["recent"],
+        p_max=of["p_max"],
+        rest_heads=round(of["rest_heads"]),
+        entropy_rest=of["entropy_rest"],
+        log2_distance=of["log2_distance"],
+    )
+
+
+def _pages(masses: Array, page_size: int, shares: Iterator[Array], chunk: Chunk) -> PageSummary:
+    """`masses` [L, Hq, 1 + pages] as in an Observation; `shares` of each span [L, Hq, 2]."""
+    first, by_page = masses[..., 0], np.ascontiguousarray(masses[..., 1:])
+    dropped = (np.cumsum(np.sort(by_page, axis=-1), axis=-1) <= 1 - _COVERED).sum(-1)  # of the smallest
+    rest = by_page.copy()
+    rest[..., 0] -= first
+    return PageSummary(
+        mass=tuple(by_page.mean((0, 1), dtype=np.float64).tolist()),
+        entropy=float(entropy(by_page).mean()),
+        pages95=float(by_page.shape[-1] - dropped.mean()),
+        **agreement(rest, page_size),
+        spans=tuple(_span(of_span, span, first) for of_span, span in zip(shares, chunk.spans, strict=True)),
+        head_mass=by_page.tobytes(),
+    )
+
+
+def _span(shares: Array, span: tuple[int, int], first: Array) -> SpanSummary:
+    mass = shares[..., 0].astype(np.float64)
+    rest = mass - first if span[0] == 0 else mass
+    return SpanSummary(
+        mass=float(mass.mean()),
+        mass_without_sink=float(rest.sum() / max((1 - first.astype(np.float64)).sum(), 1e-9)),
+        contribution=float(shares[..., 1].mean(dtype=np.float64)),
+        max_head_mass=float(mass.max()),
+    )

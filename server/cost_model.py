@@ -1,0 +1,265 @@
+"""What a step costs: a model of its time, fitted to the steps as they run.
+
+    seconds = decode_a, or prefill_a where prompts are read
+            + decode_row * rows + decode_b * (sum of their contexts)
+            + prefill_b * tokens + prefill_c * (sum of end^2 - start^2 over the prompts' chunks)
+
+A row is a decoded or proposed token. Over a whole prompt of n tokens the last two add up to b n + c n^2, however it was
+chunked. The time is from the beginning of a step to that of the next one, while there is work: so what lies between two
+steps is in one of them, as it is in the gap between two tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from pagestream.model.step import Chunk
+
+Term = Literal["prefill_a", "prefill_b", "prefill_c", "decode_a", "decode_row", "decode_b"]
+Phase = Literal["prefill", "decode"]  # of a step: prefill if it reads any prompt
+TERMS: tuple[Term, ...] = get_args(Term)
+
+MIN_SAMPLES = 5  # steps of a phase before anything is said of it
+
+_MEMORY = 0.995  # weight of a step against the next of its phase: about the last two hundred count
+_RECENT = 0.95  # and in how fast the machine is just now
+_REFIT = 32  # steps after which the coefficients are solved for anew, if nothing needs them before
+_SHORTEST = 1e-6  # seconds, below which no clock tells
+_SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
+_SCALES = np.array([1.0, 1e3, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1
+_RIDGE = 1e-8  # weight of "costs nothing" against what was seen: decides only what that leaves open
+_NORMAL95 = 1.96
+
+
+class Work(NamedTuple):
+    """What a step computes, as the model sees it."""
+
+    rows: int = 0  # decoded or proposed tokens
+    contexts: int = 0  # tokens that these attend to
+    tokens: int = 0  # of prompts
+    squares: int = 0  # end^2 - start^2 of their chunks
+
+    @property
+    def phase(self) -> Phase:
+        return "prefill" if self.tokens else "decode"
+
+    def beside(self, other: Work) -> Work:
+        """Both in one step."""
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def decodes_at(contexts: Sequence[int]) -> Work:
+    """One token each for requests that decode at these contexts."""
+    return Work(len(contexts), sum(contexts))
+
+
+def prompt_from(start: int, end: int) -> Work:
+    """Tokens `start` to `end` of a prompt."""
+    return Work(tokens=end - start, squares=end * end - start * start)
+
+
+def work_of(chunks: Iterable[Chunk]) -> Work:
+    rows = contexts = tokens = squares = 0
+    for chunk in chunks:
+        if chunk.is_decode:
+            rows += chunk.length
+            contexts += chunk.end
+        else:
+            tokens += chunk.length
+            squares += chunk.end * chunk.end - chunk.start * chunk.start
+    return Work(rows, contexts, tokens, squares)
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficient:
+    """Seconds, never negative, and a 95 % interval."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostFit:
+    """What the last few hundred steps cost; terms of a phase of which too few were seen are left out."""
+
+    terms: dict[Term, Coefficient]
+    samples: dict[Phase, int]  # steps since the start
+    max_tokens: dict[Phase, int]  # the longest context in them: beyond, the model extrapolates
+
+    @property
+    def crossover_tokens(self) -> float | None:
+        """Prompt length b / c at which the quadratic part costs as much as the linear one; None unless the interval of
+        c excludes 0, so that there is a quadratic part."""
+        b, c = self.terms.get("prefill_b"), self.terms.get("prefill_c")
+        return b.value / c.value if b and c and c.lower > 0 else None
+
+
+class CostModel:
+    """Used by one thread. Times are seconds; errors count relative to the time, because they grow with it.
+
+    Least squares with forgetting, towards 0 where nothing is known, and never a negative cost. Steps with and without
+    prompts each have a memory of their own, so that hours of decoding wash out nothing that is known of prompts; the
+    coefficients are those that fit both. A forecast is theirs times how much slower than that the last twenty steps
+    were: a machine has fast and slow phases, in which everything costs more alike.
+    """
+
+    def __init__(self) -> None:
+        self._memories: dict[Phase, _Memory] = {"prefill": _Memory(), "decode": _Memory()}
+        self._values = [0.0] * len(TERMS)  # the coefficients
+        self._stale = 0  # steps since they were solved for
+        self._slowness = 1.0
+
+    @property
+    def num_prompt_samples(self) -> int:
+        return self._memories["prefill"].samples
+
+    def knows(self, phase: Phase) -> bool:
+        """Whether enough steps of it were seen to forecast others."""
+        return self._memories[phase].samples >= MIN_SAMPLES
+
+    def has_seen(self, prompt_tokens: int) -> bool:
+        """Whether a prompt of that length was read; beyond, forecasts extrapolate."""
+        return prompt_tokens <= self._memories["prefill"].max_tokens
+
+    def predict(self, work: Work) -> float:
+        """Of a step; 0 where nothing is known."""
+        return self._slowness * self._fitted(work)
+
+    def step_seconds(self, decodes: Work) -> float:
+        """Of a step that reads prompts beside these decodes, what does not grow with the prompts."""
+        prefill_a, _, _, _, per_row, per_context = self._values
+        return self._slowness * (prefill_a + per_row * decodes.rows + per_context * decodes.contexts)
+
+    def prompt_seconds(self, work: Work) -> float:
+        """The part of it that grows with its prompts."""
+        _, per_token, per_square, *_ = self._values
+        return self._slowness * (per_token * work.tokens + per_square * work.squares)
+
+    def coefficients(self) -> dict[Term, float]:
+        """As they are just now."""
+        if self._stale:
+            self._solve()
+        return {term: self._slowness * value for term, value in zip(TERMS, self._values, strict=True)}
+
+    def observe(self, work: Work, longest: int, seconds: float) -> float | None:
+        """A step took so long, with `longest` the longest context in it. Returns actual time over forecast; None as
+        long as there is no forecast."""
+        memory = self._memories[work.phase]
+        fitted = self._fitted(work) if self.knows(work.phase) else 0.0
+        seconds = max(seconds, _SHORTEST)
+        ratio = None
+        if fitted > 0:
+            ratio = seconds / (fitted * self._slowness)
+            seconds = min(seconds, _SLOWEST * fitted * self._slowness)
+            memory.add_error(seconds / fitted - 1)
+            self._slowness += (1 - _RECENT) * (seconds / fitted - self._slowness)
+        memory.add(_features(work), seconds, fitted or seconds)
+        memory.max_tokens = max(memory.max_tokens, longest)
+        self._stale += 1
+        if self._stale >= _REFIT or not self.knows(work.phase):
+            self._solve()
+        return ratio
+
+    def fit(self) -> CostFit:
+        """Intervals are from the residual variance, and wider where residuals follow each other: what steps a moment
+        apart have in common is one observation, not many. They hold the true cost at least 95 % of the time."""
+        if self._stale:
+            self._solve()
+        information, moments = self._system()
+        inverse = np.linalg.inv(information)
+        spread = sum(memory.error_variance * _scaled(memory.sums[:-1]) for memory in self._memories.values())
+        variances = np.diag(inverse @ spread @ inverse)
+        widest = max(memory.error_variance for memory in self._memories.values()) * np.diag(inverse)
+        half = _NORMAL95 * np.sqrt(np.where(variances > 0, variances, widest)) / _SCALES  # rounding can make them < 0
+        centre = inverse @ moments / _SCALES
+        terms: dict[Term, Coefficient] = {}
+        for term, value, lower, upper in zip(TERMS, self._values, centre - half, centre + half, strict=True):
+            if self.knows(_phase(term)):
+                terms[term] = Coefficient(value, min(max(float(lower), 0.0), value), max(float(upper), value))
+        samples = {phase: memory.samples for phase, memory in self._memories.items()}
+        return CostFit(terms, samples, {phase: memory.max_tokens for phase, memory in self._memories.items()})
+
+    def _fitted(self, work: Work) -> float:
+        prefill_a, per_token, per_square, decode_a, per_row, per_context = self._values
+        constant = prefill_a if work.tokens else decode_a if work.rows else 0.0
+        prompts = per_token * work.tokens + per_square * work.squares
+        return constant + prompts + per_row * work.rows + per_context * work.contexts
+
+    def _solve(self) -> None:
+        """What would be negative is held at 0, and the rest is fitted again."""
+        self._stale = 0
+        information, moments = self._system()
+        free = np.ones(len(TERMS), dtype=bool)
+        while True:
+            solution = np.linalg.solve(information[np.ix_(free, free)], moments[free])
+            if (solution >= 0).all():
+                break
+            free[np.flatnonzero(free)[solution < 0]] = False
+        values = np.zeros(len(TERMS))
+        values[free] = solution
+        self._values = (values / _SCALES).tolist()
+
+    def _system(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The matrix [6, 6] and the right side of the normal equations, of scaled features."""
+        information = sum(_scaled(memory.sums[:-1]) for memory in self._memories.values())
+        moments = sum(np.array(memory.sums[-1]) for memory in self._memories.values()) / _SCALES
+        ridge = _RIDGE * max(float(np.trace(information)), 1e-12)
+        return information + ridge * np.eye(len(TERMS)), moments
+
+
+class _Memory:
+    """Of the steps of one phase: sums of features times features, in the last row of features times value; and of the
+    errors, all with forgetting. In plain lists: after a network has emptied the caches, numpy takes many times as long
+    for so few numbers."""
+
+    def __init__(self) -> None:
+        self.sums = [[0.0] * len(TERMS) for _ in range(len(TERMS) + 1)]
+        self.samples = 0  # since the start
+        self.max_tokens = 0
+        self._variance = 0.0  # of actual over fitted time
+        self._covariance = 0.0  # of that and the step's before
+        self._last_error = 0.0
+
+    def add(self, features: Sequence[tuple[int, float]], value: float, unit: float) -> None:
+        """`features` that are not 0, by index, and the value, in units of `unit`."""
+        self.samples += 1
+        weighted = [(index, feature / unit) for index, feature in features]
+        for index, feature in weighted:
+            row = self.sums[index]
+            for other, factor in weighted:
+                row[other] = _MEMORY * row[other] + feature * factor
+        last = self.sums[-1]
+        for index, feature in weighted:
+            last[index] = _MEMORY * last[index] + feature * value / unit
+
+    def add_error(self, error: float) -> None:
+        rate = max(1 - _MEMORY, 1 / (self.samples - MIN_SAMPLES + 1))
+        self._variance += rate * (error * error - self._variance)
+        self._covariance += rate * (error * self._last_error - self._covariance)
+        self._last_error = error
+
+    @property
+    def error_variance(self) -> float:
+        """As if errors did not follow each other."""
+        correlation = min(max(self._covariance / self._variance, 0.0), 0.95) if self._variance else 0.0
+        return self._variance * (1 + correlation) / (1 - correlation)
+
+
+def _scaled(information: list[list[float]]) -> npt.NDArray[np.float64]:
+    return np.array(information) / np.outer(_SCALES, _SCALES)
+
+
+def _phase(term: Term) -> Phase:
+    return "prefill" if term.startswith("prefill") else "decode"
+
+
+def _features(work: Work) -> tuple[tuple[int, float], ...]:
+    """By index into TERMS."""
+    decodes = (4, work.rows), (5, work.contexts)
+    return ((0, 1.0), (1, work.tokens), (2, work.squares), *decodes) if work.tokens else ((3, 1.0), *decodes)

@@ -1,0 +1,123 @@
+"""When a prompt that arrives now will have its first token, and what reading it will cost those that decode.
+
+Assumes what the scheduler does for requests of one tenant and priority: prompts with less left to read go first, but a
+quarter of each step is the oldest's; who is read joins those that decode; while anybody decodes, a step reads as much
+as `pace.py` lets it. Nothing is known of those who come later, nor of blocks that run out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from pagestream.server.block_pool import BlockPool
+from pagestream.server.cost_model import Work, decodes_at, prompt_from
+from pagestream.server.pace import MIN_PROMPT_TOKENS, Pace
+from pagestream.server.request import Request
+from pagestream.server.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Times are seconds; None before there is a cost model."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    queue: float | None  # that the requests before it take
+    first_token: float | None  # from now on, the queue included
+    stall_for_others: float | None  # summed over the streams that decode now
+    gap_after: float | None  # between its own tokens
+    extrapolated: bool
+    samples: int
+
+
+class Forecast:
+    """Used by the engine's thread alone; changes nothing."""
+
+    def __init__(self, pace: Pace, scheduler: Scheduler, pool: BlockPool) -> None:
+        self._pace = pace
+        self._model = pace.model
+        self._scheduler = scheduler
+        self._pool = pool
+
+    def estimate(self, prompt: Sequence[int], tenant: str, answer_tokens: float) -> Estimate:
+        """Of a prompt that is not in the queue yet; a usual answer has `answer_tokens`."""
+        found = self._pool.find(tenant, prompt, len(prompt) - 1)
+        cached = len(found.block_ids) * self._pool.block_size + found.num_copyable
+        return self.of_length(len(prompt), cached, answer_tokens)
+
+    def of_length(self, num_tokens: int, cached: int, answer_tokens: float) -> Estimate:
+        """As `estimate`, of a prompt of which so many tokens are cached."""
+        model, own = self._model, prompt_from(cached, num_tokens)
+        decodes = decodes_at([request.num_tokens for request in self._scheduler.running if request.num_uncomputed == 1])
+        gap_after = model.predict(decodes.beside(decodes_at([num_tokens]))) if model.knows("decode") else None
+        queue = first_token = stall = None
+        if model.knows("prefill"):
+            before, joining, has_company = self._before(own.tokens)
+            queue = self._wait_for_place(answer_tokens, decodes) + self._seconds(before, decodes)
+            first_token = queue + self._seconds_to_end(own, decodes.beside(joining), has_company=has_company)
+            alone = self._num_steps(own, decodes) * model.predict(decodes)
+            stall = max(self._seconds(own, decodes) - alone, 0.0) * decodes.rows
+        extrapolated = first_token is not None and not model.has_seen(num_tokens)
+        samples = model.num_prompt_samples
+        return Estimate(num_tokens, cached, queue, first_token, stall, gap_after, extrapolated, samples)
+
+    def backlog(self) -> float:
+        """Seconds until what waits now is read, if nothing else is; 0 before there is a cost model."""
+        waiting = (prompt_from(0, request.num_tokens) for request in self._scheduler.waiting)
+        return self._seconds(reduce(Work.beside, waiting, Work()), Work())
+
+    def seconds_per_token(self) -> float:
+        """Of a prompt that fills a step."""
+        return self._seconds(prompt_from(0, self._scheduler.token_budget), Work()) / self._scheduler.token_budget
+
+    def _before(self, tokens: int) -> tuple[Work, Work, bool]:
+        """What is read before a newcomer has read so many tokens, who decodes then beside those that do now, and
+        whether others are read together with it."""
+        running = [request for request in self._scheduler.running if request.num_uncomputed > 1]
+        prompts = [*running, *self._scheduler.waiting]
+        ahead = [request for request in prompts if request.num_uncomputed <= tokens]
+        works = [prompt_from(request.num_computed, request.num_tokens) for request in ahead]
+        if running and running[0] not in ahead:
+            oldest, share = running[0], (tokens + sum(work.tokens for work in works)) // 3
+            works.append(prompt_from(oldest.num_computed, min(oldest.num_computed + share, oldest.num_tokens)))
+        joining = decodes_at([request.num_tokens for request in ahead])
+        return reduce(Work.beside, works, Work()), joining, len(ahead) < len(prompts)
+
+    def _num_steps(self, work: Work, decodes: Work) -> float:
+        """In which the prompts of `work` are read beside these decodes."""
+        if not work.tokens:
+            return 0.0
+        most = max(self._scheduler.token_budget - decodes.rows, 1)
+        if not decodes.rows:
+            return work.tokens / most
+        steps = self._model.prompt_seconds(work) / self._pace.seconds_for_prompts(decodes)
+        return min(max(steps, work.tokens / most), work.tokens / MIN_PROMPT_TOKENS)
+
+    def _seconds(self, work: Work, decodes: Work) -> float:
+        fixed = self._model.step_seconds(decodes)
+        return self._num_steps(work, decodes) * fixed + self._model.prompt_seconds(work)
+
+    def _seconds_to_end(self, work: Work, decodes: Work, *, has_company: bool) -> float:
+        """Until the end of the last step, which company fills."""
+        steps = self._num_steps(work, decodes)
+        whole = max(math.ceil(steps), 1)
+        filled = whole / steps if has_company else 1.0
+        return whole * self._model.step_seconds(decodes) + filled * self._model.prompt_seconds(work)
+
+    def _wait_for_place(self, answer_tokens: float, decodes: Work) -> float:
+        """Until enough of those that run have ended for all that wait and a newcomer to have a place."""
+        running, waiting = self._scheduler.running, self._scheduler.num_waiting
+        missing = len(running) + waiting + 1 - self._scheduler.max_running
+        if missing <= 0:
+            return 0.0
+        left = sorted(min(_answer_left(request), answer_tokens) for request in running)
+        rounds, place = divmod(missing - 1, self._scheduler.max_running)
+        steps = rounds * answer_tokens + left[min(place, len(left) - 1)] if left else 0.0
+        return steps * self._model.predict(decodes)
+
+
+def _answer_left(request: Request) -> int:
+    return request.max_new_tokens - request.num_output_tokens
