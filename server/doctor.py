@@ -39,7 +39,7 @@ Check = Callable[[ServerConfig], Iterator[Finding]]
 
 def examine(config: ServerConfig) -> Iterator[Finding]:
     """One finding after the other, as they are made."""
-    for check in (_cpu, _compiler, _kernels, _gpu, _model, _ports):
+    for check in (_cpu, _kernels, _compiler, _gpu, _model, _ports):
         yield from check(config)
 
 
