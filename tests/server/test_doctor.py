@@ -28,13 +28,14 @@ def test_a_machine_that_can_serve_is_well(default_model_path: Path) -> None:
 
 def test_what_is_missing_has_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_model_path: Path) -> None:
     monkeypatch.setattr("shutil.which", lambda _name: None)
+    monkeypatch.setattr(build, "load", lambda: build.Status("reference", "none", "no compiler"))
     damaged = tmp_path / "models" / default_model_path.name
     damaged.parent.mkdir()
     damaged.write_bytes(b"x")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = ServerConfig(grpc_port=taken.getsockname()[1], http_port=0, device="cuda", cache_dir=tmp_path)
         bad = {what: finding for what, finding in findings(config).items() if not finding.good}
-    assert {"compiler", "model", "grpc_port"} <= bad.keys()
+    assert {"compiler", "kernels", "model", "grpc_port"} <= bad.keys()
     assert "not the pinned" in bad["model"].found
     assert all(finding.advice for finding in bad.values())
 

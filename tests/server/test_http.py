@@ -142,9 +142,11 @@ def test_an_endless_head_is_cut_off(server: HttpServer) -> None:
             assert endless.recv(1) == b""
 
 
-def test_no_more_connections_than_there_are_places(server: HttpServer) -> None:
+def test_no_more_connections_than_there_are_places(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next is closed at once, and there is room again when one leaves."""
-    held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(http._MAX_CONNECTIONS)]
+    monkeypatch.setattr(http, "_MAX_CONNECTIONS", 3)
+    server = start_http(0, "127.0.0.1", metrics)
+    held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3)]
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as late:
         assert late.recv(1) == b""
     for connection in held:
@@ -156,6 +158,7 @@ def test_no_more_connections_than_there_are_places(server: HttpServer) -> None:
         return False
 
     wait_until(answers, "there is room again")
+    server.close()
 
 
 def test_nothing_is_printed(server: HttpServer, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from pagestream.server.config import wants_traces
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.model_pb2 import GetModelRequest
 from tests.support.client import gather, refused
@@ -112,7 +111,12 @@ def test_a_refusal_is_a_failed_span_and_facts_are_none(
     assert (facts["error.type"], facts["rpc.grpc.status_code"]) == ("UNKNOWN_MODEL", "NOT_FOUND")
 
 
-def test_without_a_receiver_in_the_environment_nothing_is_loaded() -> None:
-    code = "import sys, pagestream.server.app; print('opentelemetry' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "False\n"
+def test_spans_are_wanted_only_where_the_environment_names_a_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert not wants_traces()
+    for name in names:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "http://localhost:4317")
+            assert wants_traces()
