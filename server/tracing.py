@@ -5,7 +5,7 @@ The exporter reads the OTEL_* variables itself. Attributes are those of the GenA
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,7 @@ from pagestream.server.job import Job
 if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
-log = logging.getLogger(__name__)
-
+_CLOSE_SECONDS = 3.0
 _PHASES = ("queue", "prefill", "decode")
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -34,7 +33,7 @@ class Tracer:
     def __init__(self, model_name: Callable[[], str | None]) -> None:
         self._model_name = model_name
         resource = Resource({"service.name": "pagestream"}).merge(OTELResourceDetector().detect())
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("pagestream.server")
 
@@ -69,8 +68,10 @@ class Tracer:
         span.end(start + int(call.seconds * 1e9))
 
     def close(self) -> None:
-        """Sends what is queued; waits for the receiver as long as the OTEL_* variables say."""
-        self._provider.shutdown()
+        """Sends what is queued, if the receiver takes it soon: to a dead one the library goes on for half a minute."""
+        sending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(_CLOSE_SECONDS)
 
 
 def _attributes(call: Call, model: str) -> dict[str, AttributeValue]:
