@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -67,7 +68,6 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         async def refuse(_requests: Any, context: Context) -> None:
             async with self._around(call, context):
-                self._metrics.observe_rejected(error.reason, 0.0)
                 raise error
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -98,7 +98,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
             context.add_done_callback(lambda _context: self._door.leave(call.key))  # type: ignore[arg-type]
             yield
             call.is_complete = True
-        except RequestError as error:
+        except RequestError as error:  # before the service, which counts and ends its own
+            self._metrics.observe_rejected(error.reason, time.monotonic() - call.received)
             await status.abort(context, error)
         except (grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
             raise  # gRPC's own ways to end a call

@@ -103,6 +103,7 @@ def test_a_key_has_so_many_calls_at_once_and_gets_them_back(locked: Service) -> 
     with refused("RESOURCE_EXHAUSTED", "KEY_BUSY") as refusal:
         gather(open_stream(locked, "two", text="x"))
     assert refusal.got.retry_after == 1
+    assert locked.metrics.read().values["requests_rejected_total"]["key_busy",] == 1
     next(open_stream(locked, "one", text="x", stop=stop(1)))
     first.cancel()
     locked.rig.runner.allow()
