@@ -1,4 +1,4 @@
-"""Answers on the terminal: as they come, each whole, or as JSON events."""
+"""What `pagestream generate` prints of an answer, of several, or of the events that they come in."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pagestream.v1.generation_pb2 import GenerateStreamRequest
 
 
 def print_answer(client: Client, request: GenerateStreamRequest) -> None:
+    """The text to stdout as it comes, then a summary to stderr."""
     terminal = Console(stderr=True, highlight=False, soft_wrap=True)
     answer = Answer()
     try:
@@ -38,6 +39,7 @@ def print_answers(client: Client, request: GenerateStreamRequest) -> None:
 
 
 def print_events(client: Client, request: GenerateStreamRequest) -> None:
+    """Every event as a line of JSON."""
     with closing(client.stream(request)) as events:
         for event in events:
             typer.echo(MessageToJson(event, indent=None, preserving_proto_field_name=True))
