@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pagestream.model.chat_template import ChatTemplate
 from pagestream.model.detokenizer import IncrementalDetokenizer, TokenText
 
+MAX_TOKENS = 2**22  # of a vocabulary, with its gaps; sixteen times the largest there is
+
 
 class Tokenizer(ABC):
     """Text to token ids and back. Nothing changes after construction, so every method may be called from any thread;

@@ -18,6 +18,8 @@ StatusName = Literal[
     "FAILED_PRECONDITION",
     "INTERNAL",
     "CANCELLED",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
 ]
 
 
@@ -102,6 +104,25 @@ class QueueTimeoutError(RetryableError):
 class SlowReaderError(RequestError):
     status = "RESOURCE_EXHAUSTED"
     reason = "SLOW_READER"
+
+
+class UnauthenticatedError(RequestError):
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class KeyLimitError(RequestError):
+    """More than the caller's key allows."""
+
+    status = "PERMISSION_DENIED"
+    reason = "KEY_LIMIT"
+
+
+class KeyBusyError(RetryableError):
+    """As many calls at once as the caller's key allows."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "KEY_BUSY"
 
 
 class LoadingError(RetryableError):

@@ -50,6 +50,9 @@ REJECTION_REASONS = (  # those of errors.py, in lower case
     "no_chat_template",
     "duplicate_request_id",
     "engine_fault",
+    "unauthenticated",
+    "key_limit",
+    "key_busy",
 )
 
 PHASES = get_args(Phase)

@@ -85,6 +85,11 @@ class Streams:
         if not self._mailboxes:
             self._empty.set()
 
+    @property
+    def jobs(self) -> list[Job]:
+        """Of all calls that are open."""
+        return list(self._mailboxes)
+
     async def all_closed(self) -> None:
         """Returns when no request has a mailbox."""
         await self._empty.wait()

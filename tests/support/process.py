@@ -93,6 +93,10 @@ class ServerProcess:
         wait_until(idle, "the server is idle")
         assert self.metric("kv_blocks", state="active") == 0 < self.metric("kv_blocks")
 
+    def resident_bytes(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
+
     def resources(self) -> tuple[int, int]:
         """How many files and threads it has open."""
         folder = Path("/proc") / str(self.process.pid)
