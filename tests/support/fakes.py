@@ -52,6 +52,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: ARG002 - it adds none
         return list(text.encode())
 
+    def to_json(self) -> str:
+        return "{}"
+
 
 class EchoRunner:
     """The n-th token of an answer is the n-th of the prompt, which begins again where it ends. A given token has
