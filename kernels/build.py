@@ -4,6 +4,7 @@ or with `--cuda`, and then still loads on a machine without either. The only pla
 
 PAGESTREAM_CPU_ISA: auto (default), amx, vnni, avx512, avx2, baseline, or reference (no C++ and no CUDA at all).
 CXX: the compiler, g++ by default. XDG_CACHE_HOME: where built libraries live.
+PAGESTREAM_KERNELS: a library that was built before, to be loaded as it is; then no compiler is asked for.
 """
 
 from __future__ import annotations
@@ -93,12 +94,19 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def compiler() -> str:
+    """The C++ compiler that is used."""
+    return os.environ.get("CXX", "g++")
+
+
 def build(*, with_cuda: bool | None = None) -> Path:
     """The library, compiled if the cache folder does not hold it; beside it, build.log with the compilers' reports.
 
     `with_cuda`: by default, where there is a CUDA device and nvcc. Raises BuildError.
     """
-    compiler = os.environ.get("CXX", "g++")
+    if prebuilt := os.environ.get("PAGESTREAM_KERNELS"):
+        return Path(prebuilt)
+    cpp_compiler = compiler()
     if with_cuda is None:
         with_cuda = torch.cuda.is_available() and nvcc() is not None
     cuda_compiler = nvcc() if with_cuda else None
@@ -106,15 +114,17 @@ def build(*, with_cuda: bool | None = None) -> Path:
         raise BuildError("no CUDA compiler: install the CUDA toolkit (12.9 or later) and put nvcc on the PATH")
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream" / "kernels"
-        target = cache / _fingerprint(compiler, cuda_compiler)
+        target = cache / _fingerprint(cpp_compiler, cuda_compiler)
         if not (target / _LIBRARY).exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix="building-", ignore_cleanup_errors=True) as aside:
-                _compile(compiler, cuda_compiler, Path(aside))
+                _compile(cpp_compiler, cuda_compiler, Path(aside))
                 with contextlib.suppress(OSError):  # another process was first: its library is the same
                     Path(aside).rename(target)
     except FileNotFoundError as error:
-        raise BuildError(f"no C++ compiler ({compiler}): install g++ 11 or later (`apt-get install g++`)") from error
+        raise BuildError(
+            f"no C++ compiler ({cpp_compiler}): install g++ 11 or later (`apt-get install g++`)"
+        ) from error
     except OSError as error:
         raise BuildError(f"{error}: set XDG_CACHE_HOME to a folder that can be written") from error
     return target / _LIBRARY

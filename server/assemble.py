@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import torch
 
+from pagestream.kernels import selftest
 from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.default_model import resolve_model
 from pagestream.model.errors import ModelError
-from pagestream.model.loader import LoadedModel, load_model
+from pagestream.model.loader import DTYPES, KV_DTYPES, LoadedModel, load_model
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server.backpressure import ReaderLimits
 from pagestream.server.block_pool import BlockPool
@@ -58,6 +59,7 @@ def assemble(
         raise ModelError(
             f"--deterministic: in {loaded.dtype}, answers may depend on what is computed beside them; use int8 or int4"
         )
+    _check_attention(loaded, config.page_size, metrics)
     _warm_up(loaded, config.token_budget)
     max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
     pool = BlockPool(loaded.plan.num_pages, config.page_size, prefix_cache=config.prefix_cache)
@@ -98,6 +100,31 @@ def assemble(
         kv_dtype=model.kv_dtype,
     )
     return model
+
+
+def _check_attention(loaded: LoadedModel, page_size: int, metrics: Metrics) -> None:
+    """Raises ModelError if the attention that will serve breaks one of its laws."""
+    started = time.monotonic()
+    checks = selftest.run(
+        selftest.Setting(
+            device=torch.device(loaded.device),
+            dtype=DTYPES[loaded.dtype],
+            kv_dtype=KV_DTYPES[loaded.kv_dtype],
+            group=loaded.config.num_heads // loaded.config.num_kv_heads,
+            head_size=loaded.config.head_dim,
+            page_size=page_size,
+        )
+    )
+    metrics.set_gauges(
+        {
+            "selftest_seconds": {(): time.monotonic() - started},
+            "selftest_ok": {(check.test,): check.passed for check in checks},
+            "selftest_max_error": {(check.test,): check.error for check in checks},
+        }
+    )
+    failed = [f"{check.test} ({check.error:.3g} times the error allowed)" for check in checks if not check.passed]
+    if failed:
+        raise ModelError(f"attention on {loaded.device} computes wrong results: self-test {', '.join(failed)} failed")
 
 
 def _warm_up(loaded: LoadedModel, token_budget: int) -> None:

@@ -34,21 +34,17 @@ class AttentionMetrics:
                 totals[key] += amount
             for dilution, group in zip(self._dilution, row.groups, strict=False):
                 dilution.add(row.context, group.entropy)
-        self._metrics.record(
-            counts=totals,
-            gauges=dict(self._dilution_gauges()) if rows else {},
-            observations={
-                "output_entropy_nats": [output.entropy for output in outputs],
-                "output_surprisal_nats": [output.surprisal for output in outputs],
-            },
+        samples = [("output_entropy_nats", output.entropy, ()) for output in outputs]
+        samples += [("output_surprisal_nats", output.surprisal, ()) for output in outputs]
+        self._metrics.book([(name, amount, labels) for (name, labels), amount in totals.items()], samples)
+        fits = [((layers,), fit) for layers, fit in zip(LAYER_GROUPS, self._dilution, strict=True) if fit.samples]
+        slopes: dict[LabelValues, float] = {labels: fit.exponent for labels, fit in fits if fit.exponent is not None}
+        self._metrics.set_gauges(
+            {
+                "attention_dilution_samples": {labels: fit.samples for labels, fit in fits},
+                "attention_dilution_exponent": slopes,
+            }
         )
-
-    def _dilution_gauges(self) -> Iterator[tuple[tuple[str, LabelValues], float]]:
-        for layers, dilution in zip(LAYER_GROUPS, self._dilution, strict=True):
-            if dilution.samples:
-                yield ("attention_dilution_samples", (layers,)), dilution.samples
-            if dilution.exponent is not None:
-                yield ("attention_dilution_exponent", (layers,)), dilution.exponent
 
 
 def _by_group(row: AttentionSummary) -> Iterator[tuple[tuple[str, LabelValues], float]]:

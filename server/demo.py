@@ -30,7 +30,7 @@ NEXT = """
 [bold]Where to look next[/]
   make serve                       the same server, on ports 50051 and 8080, until Ctrl-C
   .venv/bin/pagestream chat        a chat with it, from another terminal
-  http://localhost:8080/metrics    what it measures: latency by context length, queue, KV pool
+  http://localhost:8080/           its live page: latency by context length, who waits, the KV pool
   README.md                        one request in eight hops, models, settings, metrics
   make test                        every test that needs no GPU"""
 

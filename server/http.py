@@ -1,15 +1,15 @@
-"""The HTTP port: /metrics, /healthz and a small status page at /, in threads of their own."""
+"""The HTTP port: /metrics, /healthz, and the live page at / with its data at /live.json, in threads of their own."""
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable
-from html import escape
 from socketserver import ThreadingMixIn
-from string import Template
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -17,37 +17,17 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from prometheus_client import make_wsgi_app
 
 from pagestream.server.collector import make_registry
-from pagestream.server.metrics import Metrics, ServerState, Status
+from pagestream.server.live import live_json, live_page
+from pagestream.server.metrics import Metrics, ServerState
 
 log = logging.getLogger(__name__)
 
-_IDLE_SECONDS = 10  # a client that sends nothing must not hold a thread for ever
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="refresh" content="2">
-<title>pagestream: $state</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 32rem; margin: 3rem auto; padding: 0 1rem; }
-  :root { color-scheme: light dark; }
-  table { border-collapse: collapse; width: 100%; }
-  th { text-align: left; font-weight: normal; opacity: .7; }
-  td { text-align: right; font-variant-numeric: tabular-nums; }
-  th, td { padding: .3rem 0; border-bottom: 1px solid #8884; }
-</style>
-<h1>pagestream</h1>
-<table>
-<tr><th>model<td>$model
-<tr><th>state<td>$state
-<tr><th>running requests<td>$running
-<tr><th>waiting requests<td>$waiting
-<tr><th>KV cache in use<td>$kv_usage
-</table>
-<p><a href="/metrics">/metrics</a> · <a href="/healthz">/healthz</a>
-</html>
-""")
+_HEAD_SECONDS = 10.0  # a client that sends nothing, or a byte now and then, must not hold a thread for ever
+_MAX_HEAD_BYTES = 16 * 2**10
+_MAX_CONNECTIONS = 64  # each has a thread
+_ONLY_OURSELVES = (
+    "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+)
 
 
 class HttpServer:
@@ -74,6 +54,7 @@ def start_http(port: int, host: str, metrics: Metrics) -> HttpServer:
 
 def _app(metrics: Metrics) -> WSGIApplication:
     serve_metrics = make_wsgi_app(make_registry(metrics))
+    page = live_page()
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         match environ["PATH_INFO"]:
@@ -86,38 +67,47 @@ def _app(metrics: Metrics) -> WSGIApplication:
                     return _respond(start_response, "200 OK", "ok")
                 return _respond(start_response, "503 Service Unavailable", state.value)
             case "/":
-                return _respond(start_response, "200 OK", _page(metrics.status()), "html")
+                return _respond(start_response, "200 OK", page, "text/html")
+            case "/live.json":
+                return _respond(start_response, "200 OK", live_json(metrics), "application/json")
             case _:
                 return _respond(start_response, "404 Not Found", "not found")
 
     return app
 
 
-def _respond(start_response: StartResponse, status: str, text: str, subtype: str = "plain") -> list[bytes]:
+def _respond(start_response: StartResponse, status: str, text: str, media_type: str = "text/plain") -> list[bytes]:
     body = text.encode()
     start_response(
         status,
         [
-            ("Content-Type", f"text/{subtype}; charset=utf-8"),
+            ("Content-Type", f"{media_type}; charset=utf-8"),
             ("Content-Length", str(len(body))),
             ("Cache-Control", "no-store"),
+            ("Content-Security-Policy", _ONLY_OURSELVES),
         ],
     )
     return [body]
 
 
-def _page(status: Status) -> str:
-    return _PAGE.substitute(
-        model=escape(status.model or "not loaded yet"),
-        state=status.state.value,
-        running=status.running_requests,
-        waiting=status.waiting_requests,
-        kv_usage=f"{status.kv_cache_usage_ratio:.0%}",
-    )
-
-
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def __init__(self, *settings: Any) -> None:
+        self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__(*settings)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's signature
         """A client that hangs up or stays silent is no event worth a traceback on stderr."""
@@ -129,7 +119,22 @@ class _ServerV6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _IDLE_SECONDS
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BytesIO(_read_head(self.connection))
+        self.connection.settimeout(_HEAD_SECONDS)  # for each piece of the answer
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         log.debug(format, *args)
+
+
+def _read_head(connection: socket.socket) -> bytes:
+    """A request up to its empty line: no path here takes a body. Raises OSError if it is too long or slow."""
+    head, until = b"", time.monotonic() + _HEAD_SECONDS
+    while b"\r\n\r\n" not in head and b"\n\n" not in head:
+        connection.settimeout(max(until - time.monotonic(), 0.001))
+        received = connection.recv(4096)
+        head += received
+        if not received or len(head) > _MAX_HEAD_BYTES:
+            raise ConnectionError("no whole request came")
+    return head

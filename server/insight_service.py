@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from pagestream.server import scoring, status, translate, validate
+from pagestream.server.call import current_call
 from pagestream.server.errors import RequestError
 from pagestream.server.job import Job
 from pagestream.server.metrics import Metrics
@@ -27,6 +28,7 @@ CAVEAT = (
     "Effects of spans do not add up: two that say the same each seem to matter little."
 )
 
+Ablation = insight_pb2.AblateSpansRequest
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -94,16 +96,16 @@ class InsightService(InsightServiceServicer):
         try:
             model = self._slot.get(request.model)
             remaining = context.time_remaining()
-            spans = request.spans if isinstance(request, insight_pb2.AblateSpansRequest) else ()
+            spans = validate.spans("spans", request.spans) if isinstance(request, Ablation) else ()
             with model.engine.inbox.entering(max(1, len(request.answer_token_ids)), 1 + len(spans)):
                 validate.check_prompt(request, model.vocab_size)
                 validate.check_answer(request, model.vocab_size)
                 priority = validate.priority(request)
                 prompt = await read_prompt(request, model, self._tokenizing, self._metrics)
-                if isinstance(request, insight_pb2.AblateSpansRequest):
-                    validate.check_spans(spans, len(prompt))
+                if isinstance(request, Ablation):
+                    validate.check_ablated(spans, len(prompt))
                 jobs = scoring.scoring_jobs(
-                    [prompt, *(prompt[: span.begin_token] + prompt[span.end_token :] for span in spans)],
+                    [prompt, *(prompt[: span.begin] + prompt[span.end :] for span in spans)],
                     request.answer_token_ids,
                     model,
                     tenant=tenant_of(context),
@@ -112,6 +114,7 @@ class InsightService(InsightServiceServicer):
                     deadline=None if remaining is None else received + remaining,
                 )
                 mailbox = scoring.submit(jobs, model.engine, self._streams)
+                current_call().jobs = jobs
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise

@@ -49,7 +49,7 @@ class IntegrityMonitor:
             self._compare(row, request_id)
 
     def report(self, kind: IntegrityKind, request_id: str, finding: str) -> None:
-        self._metrics.record({("integrity_events_total", (kind,)): 1.0}, {}, {})
+        self._metrics.book([("integrity_events_total", 1, (kind,))])
         now = self._clock()
         if now >= self._silent_until[kind]:
             self._silent_until[kind] = now + _LOG_INTERVAL

@@ -17,6 +17,8 @@ PREFIX = "pagestream_"
 CONTEXT_EDGES = tuple(2**k for k in range(8, 17))  # tokens; upper edges, inclusive
 CTX = (*map(str, CONTEXT_EDGES), "inf")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
+STAGE_SECONDS = (0.0025, 0.01, 0.04, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)  # fewer: by ctx
+RELEASE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.32, 2.56)
 GAP_SECONDS = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 MEAN_GAP_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 TOKENS = tuple(float(2**k) for k in range(18))
@@ -47,7 +49,11 @@ REJECTION_REASONS = (  # those of errors.py, in lower case
     "unknown_model",
     "no_chat_template",
     "duplicate_request_id",
+    "aborted",
     "engine_fault",
+    "unauthenticated",
+    "key_limit",
+    "key_busy",
 )
 
 PHASES = get_args(Phase)
@@ -107,8 +113,8 @@ _DECODE_MIX = ("pure", "with_prefill")
 FAMILIES = (
     # Requests: each time runs between two of the moments received, first scheduled, first token, last token, end.
     _histogram("time_to_first_token_seconds", "Request received to first delta handed to gRPC", SECONDS, ctx=CTX),
-    _histogram("queue_time_seconds", "Request received to first scheduled", SECONDS, ctx=CTX),
-    _histogram("prefill_time_seconds", "First scheduled to first token", SECONDS, ctx=CTX),
+    _histogram("queue_time_seconds", "Request received to first scheduled", STAGE_SECONDS, ctx=CTX),
+    _histogram("prefill_time_seconds", "First scheduled to first token", STAGE_SECONDS, ctx=CTX),
     _histogram("inter_token_latency_seconds", "Gap between tokens; ctx at the later token", GAP_SECONDS, ctx=CTX),
     _histogram(
         "time_per_output_token_seconds", "Mean gap of an ended request; ctx at its end", MEAN_GAP_SECONDS, ctx=CTX
@@ -119,7 +125,7 @@ FAMILIES = (
     _histogram("request_context_tokens", "Prompt and output tokens of an ended request", TOKENS),
     _counter("requests_finished_total", "Admitted requests that ended", reason=_FINISHED),
     _counter("requests_rejected_total", "Requests refused before admission", reason=REJECTION_REASONS),
-    _histogram("cancel_release_seconds", "Cancel seen to KV blocks free", SECONDS, by=get_args(CancelledBy)),
+    _histogram("cancel_release_seconds", "Cancel seen to KV blocks free", RELEASE_SECONDS, by=get_args(CancelledBy)),
     # Load, as of the last step.
     _gauge("running_requests", "Requests in the batch, by their context now", ctx=CTX),
     _gauge("waiting_requests", "Requests in the queue, by their context now", ctx=CTX),
@@ -146,6 +152,13 @@ FAMILIES = (
     _counter("prefix_cache_queried_tokens_total", "Prompt tokens looked up in the prefix cache, once per request"),
     _counter("prefix_cache_hit_tokens_total", "Prompt tokens found there"),
     _counter("prefix_cache_evicted_blocks_total", "Cached KV blocks that were needed for something else"),
+    # Is it right? What was checked at the start, and what is checked now and then.
+    _gauge("selftest_ok", "1 if attention obeyed this law on this device at the start", test=()),
+    _gauge("selftest_max_error", "Worst error of that check, as a share of what is allowed", test=()),
+    _gauge("selftest_seconds", "Time that all of these checks took"),
+    _gauge("canary_logprob", "Log-probability per token of a known answer, at its last run", task=(), ctx=()),
+    _gauge("canary_baseline_logprob", "The same at its first run after the start", task=(), ctx=()),
+    _counter("canary_runs_total", "Known answers that were scored, or not", result=("ok", "failed", "skipped")),
     # What prompts cost, by the model that is fitted to the steps, and who waits for whom.
     _counter("attention_kernel_seconds_total", "Time in attention; ctx of the step's longest", phase=PHASES, ctx=CTX),
     _counter("attention_kv_bytes_total", "Keys and values it had to read in that time", phase=PHASES, ctx=CTX),

@@ -33,6 +33,7 @@ from pagestream.server.metric_families import (
     markdown_table,
 )
 from pagestream.server.objectives import Objectives
+from pagestream.server.recent import RecentRequests
 from pagestream.server.request import FinishReason, Request
 
 _FAILURES: dict[FinishReason, Outcome] = {  # every other reason is an answer
@@ -122,6 +123,7 @@ class Metrics:
     ) -> None:
         self.state = ServerState.LOADING
         self.snapshot = EngineSnapshot()
+        self.recent = RecentRequests(clock)
         self._clock = clock
         self._objectives = objectives
         self._model: str | None = None
@@ -195,6 +197,7 @@ class Metrics:
 
     def observe_finished(self, reason: FinishReason, request: Request, timings: Timings, seconds: float) -> None:
         """An admitted request ended, `seconds` after it was received."""
+        self.recent.add(reason, request, timings, seconds)
         with self._lock:
             self._count("requests_finished_total", 1, reason.value)
             self._observe("request_duration_seconds", seconds, _FAILURES.get(reason, "ok"))
@@ -213,7 +216,7 @@ class Metrics:
         counts: Iterable[tuple[str, float, LabelValues]] = (),
         samples: Iterable[tuple[str, float, LabelValues]] = (),
     ) -> None:
-        """Family, amount and labels: what is added to counters, and what histograms are to hold."""
+        """Family, amount and labels: what is added to counters, and what histograms are to hold; at one moment."""
         with self._lock:
             for name, amount, labels in counts:
                 self._count(name, amount, *labels)
@@ -245,21 +248,6 @@ class Metrics:
             self._values["prefix_cache_hit_tokens_total"][()] = hit_tokens
             self._values["prompt_tokens_total"]["cached",] = hit_tokens
             self._values["prefix_cache_evicted_blocks_total"][()] = evicted_blocks
-
-    def record(
-        self,
-        counts: Mapping[tuple[str, LabelValues], float],
-        gauges: Mapping[tuple[str, LabelValues], float],
-        observations: Mapping[str, Sequence[float]],
-    ) -> None:
-        """Adds to counters, sets gauges and observes values of histograms without labels, all at one moment."""
-        with self._lock:
-            for (name, labels), amount in counts.items():
-                self._count(name, amount, *labels)
-            for (name, labels), value in gauges.items():
-                self._values[name][labels] = value
-            for name, values in observations.items():
-                self._histograms[name].add([0] * len(values), values)
 
     # ---- called by the services
 

@@ -30,6 +30,8 @@ MAX_REQUEST_ID_BYTES = 128
 MAX_ATTENTION_EVERY = 4096
 MAX_SPANS = 64
 MAX_SPAN_NAME = 64  # characters
+_TEXT_BYTES_PER_TOKEN = 128  # more than the longest tokens there are; text has 4
+_LEAST_TEXT_BYTES = 8 * 2**20  # is always tokenised, to tell how many tokens it has
 
 _PRIORITIES = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
@@ -120,6 +122,13 @@ def check_prompt(request: PromptMessage, vocab_size: int) -> None:
                     raise InvalidFieldError(f"chat.messages[{index}].role", "must not be empty")
 
 
+def check_text(field: str, text: str, max_context: int) -> None:
+    """Raises InvalidFieldError for a text so long that tokenising it, seconds a MB, can only end in a refusal."""
+    most = max(_LEAST_TEXT_BYTES, _TEXT_BYTES_PER_TOKEN * max_context)
+    if len(text.encode()) > most:
+        raise InvalidFieldError(field, f"must have at most {most} bytes")
+
+
 def num_answers(request: GenerateMessage) -> int:
     """Raises InvalidFieldError."""
     return _check_range("n", request.n or 1, 1, MAX_ANSWERS)
@@ -151,22 +160,6 @@ def check_answer(request: ScoreMessage, vocab_size: int) -> None:
     _check_tokens("answer_token_ids", request.answer_token_ids, vocab_size, len(request.answer_token_ids))
 
 
-def check_spans(spans: Sequence[stats_pb2.Span], num_prompt_tokens: int) -> None:
-    """Of a prompt with so many tokens. Raises InvalidFieldError."""
-    if not 1 <= len(spans) <= MAX_SPANS:
-        raise InvalidFieldError("spans", f"there must be 1 to {MAX_SPANS}")
-    names: set[str] = set()
-    for index, span in enumerate(spans):
-        if not 1 <= len(span.name) <= MAX_SPAN_NAME or span.name in names:
-            raise InvalidFieldError(f"spans[{index}].name", f"must be unique and have 1 to {MAX_SPAN_NAME} characters")
-        names.add(span.name)
-        if not span.begin_token < span.end_token <= num_prompt_tokens:
-            problem = f"must be above begin_token and at most the prompt's {num_prompt_tokens} tokens"
-            raise InvalidFieldError(f"spans[{index}].end_token", problem)
-        if span.end_token - span.begin_token == num_prompt_tokens:
-            raise InvalidFieldError(f"spans[{index}]", "must not be the whole prompt: the answer must follow something")
-
-
 def stats_request(stats: stats_pb2.StatsOptions, page_tokens: int) -> StatsRequest:
     """All but where spans end, for which see check_stats_spans. Raises InvalidFieldError."""
     if stats.level not in stats_pb2.StatsLevel.values():
@@ -177,25 +170,39 @@ def stats_request(stats: stats_pb2.StatsOptions, page_tokens: int) -> StatsReque
         every = _check_range("stats.attention_every", stats.attention_every, 1, MAX_ATTENTION_EVERY)
     if stats.spans and detail is not StatsDetail.SPANS:
         raise InvalidFieldError("stats.spans", "need the level STATS_LEVEL_SPANS")
-    if len(stats.spans) > MAX_SPANS:
-        raise InvalidFieldError("stats.spans", f"at most {MAX_SPANS} are allowed")
+    return StatsRequest(detail, every, spans("stats.spans", stats.spans), page_tokens)
+
+
+def spans(field: str, messages: Sequence[stats_pb2.Span]) -> tuple[Span, ...]:
+    """All but where they end, for which see check_spans. Raises InvalidFieldError."""
+    if len(messages) > MAX_SPANS:
+        raise InvalidFieldError(field, f"at most {MAX_SPANS} are allowed")
     names: set[str] = set()
-    for index, span in enumerate(stats.spans):
+    for index, span in enumerate(messages):
         if not 1 <= len(span.name) <= MAX_SPAN_NAME:
-            raise InvalidFieldError(f"stats.spans[{index}].name", f"must have 1 to {MAX_SPAN_NAME} characters")
+            raise InvalidFieldError(f"{field}[{index}].name", f"must have 1 to {MAX_SPAN_NAME} characters")
         if span.name in names:
-            raise InvalidFieldError(f"stats.spans[{index}].name", "is that of another span")
+            raise InvalidFieldError(f"{field}[{index}].name", "is that of another span")
         names.add(span.name)
-    spans = tuple(Span(span.name, span.begin_token, span.end_token) for span in stats.spans)
-    return StatsRequest(detail, every, spans, page_tokens)
+    return tuple(Span(span.name, span.begin_token, span.end_token) for span in messages)
 
 
-def check_stats_spans(stats: StatsRequest, num_prompt_tokens: int) -> None:
+def check_spans(field: str, spans: Sequence[Span], num_prompt_tokens: int) -> None:
     """Raises InvalidFieldError for a span that is empty or ends behind the prompt."""
-    for index, span in enumerate(stats.spans):
+    for index, span in enumerate(spans):
         if not span.begin < span.end <= num_prompt_tokens:
             limit = f"must be above begin_token and at most the prompt's length, {num_prompt_tokens}"
-            raise InvalidFieldError(f"stats.spans[{index}].end_token", f"{limit}, not {span.end}")
+            raise InvalidFieldError(f"{field}[{index}].end_token", f"{limit}, not {span.end}")
+
+
+def check_ablated(spans: Sequence[Span], num_prompt_tokens: int) -> None:
+    """That there is something to leave out, and something left. Raises InvalidFieldError."""
+    if not spans:
+        raise InvalidFieldError("spans", "there must be at least one")
+    check_spans("spans", spans, num_prompt_tokens)
+    for index, span in enumerate(spans):
+        if span.end - span.begin == num_prompt_tokens:
+            raise InvalidFieldError(f"spans[{index}]", "must not be the whole prompt: the answer must follow something")
 
 
 def _seconds(name: str, duration: Duration, low: float) -> float:

@@ -1,4 +1,4 @@
-"""The queue: requests that wait, in order of arrival, and what it takes to read them, kept up to date. Integers only."""
+"""The queue: requests that wait, in order of arrival, and what it takes to read them, always up to date. Integers."""
 
 from __future__ import annotations
 

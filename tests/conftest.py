@@ -56,3 +56,10 @@ def pytest_runtest_makereport(
     if report.failed:
         report.sections += [("server log", "".join(s.log)) for s in item.config.stash.get(_SERVERS, [])]
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured with `record_property`."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

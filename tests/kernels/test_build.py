@@ -69,6 +69,16 @@ def test_a_second_build_finds_the_first(library, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_library_that_is_named_needs_no_compiler_and_no_cache(library, tmp_path):
+    """What a container image does, on any CPU: every instruction set is in the one file."""
+    for isa in ("auto", "baseline"):
+        named = {"PAGESTREAM_KERNELS": str(library), "PAGESTREAM_CPU_ISA": isa, "CXX": "no-such-compiler"}
+        done = run_program(tmp_path, **named)
+        expected = build.load().isa if isa == "auto" else isa
+        assert done.stdout == f"cpp {expected} 0 [1.0]\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def symbols_of(path: Path, *options: str) -> list[tuple[str, str]]:
     """(type, name) as `nm` prints them."""
     nm = shutil.which("nm")

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import grpc
 import pytest
@@ -17,6 +19,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagestream.kernels import selftest
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server import errors
 from pagestream.server.attention_metrics import AttentionMetrics
@@ -25,6 +28,7 @@ from pagestream.server.cost_model import TERMS
 from pagestream.server.events import Timings
 from pagestream.server.metric_families import CTX, FAMILIES, OBJECTIVES, PHASES, REJECTION_REASONS
 from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+from pagestream.server.probes import LENGTHS, Task
 from pagestream.server.request import FinishReason, Request
 from pagestream.v1 import generation_pb2, insight_pb2, model_pb2, tokenizer_pb2
 from tests.support.summaries import make_row, output_of
@@ -75,6 +79,10 @@ def filled(make_metrics: MakeMetrics) -> Metrics:
         metrics.set_gauges({name: dict.fromkeys([(term,) for term in TERMS], 0.001)})
     rows = [make_row(context, entropy=context**0.1) for context in ONE_OF_EACH_CTX for _ in range(20)]
     AttentionMetrics(metrics).record(rows, [output_of(5)], with_pages=True)
+    probes = list(product(get_args(Task), map(str, LENGTHS)))
+    metrics.set_gauges({f"canary_{which}": dict.fromkeys(probes, -0.5) for which in ("logprob", "baseline_logprob")})
+    laws = [(law,) for law in selftest.TESTS]
+    metrics.set_gauges({f"selftest_{what}": dict.fromkeys(laws, 1.0) for what in ("ok", "max_error")})
     metrics.observe_loop_lag(0.001)
     metrics.observe_tokenize(0.001)
     for method in rpc_names():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import json
+import re
 import socket
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -12,8 +16,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from pagestream.server import http
 from pagestream.server.http import HttpServer, start_http
-from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+from pagestream.server.metrics import Metrics, ServerState
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -75,31 +81,22 @@ def test_health_follows_the_state(
     assert get(server, "/healthz")[:2] == (status, text)
 
 
-def test_status_page_shows_the_live_state(server: HttpServer, metrics: Metrics) -> None:
-    metrics.state = ServerState.READY
-    metrics.snapshot = EngineSnapshot(running_contexts=(5, 6, 7), waiting_contexts=(8,), free_blocks=1, active_blocks=3)
+def test_the_live_page_is_one_document_that_needs_no_other_address(server: HttpServer) -> None:
     status, body, headers = get(server, "/")
     page = body.decode()
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    for part in ("<td>m\n", "<td>ready", "<td>3", "<td>1", "<td>75%", 'href="/metrics"', 'http-equiv="refresh"'):
+    assert "default-src 'none'; connect-src 'self'" in headers["Content-Security-Policy"]  # a browser holds it to that
+    for part in ("<title>pagestream</title>", 'href="/metrics"', "uPlot", "<noscript>"):
         assert part in page
-    assert "src=" not in page  # self-contained
+    assert not re.search(r"<(script|img|iframe)[^>]+src=|@import|url\(http", page)
 
 
-def test_status_page_escapes_the_name_of_the_model(make_metrics: Callable[..., Metrics]) -> None:
-    server = start_http(0, "127.0.0.1", make_metrics(model="<b>&"))
-    try:
-        assert "<td>&lt;b&gt;&amp;" in get(server, "/")[1].decode()
-    finally:
-        server.close()
-
-
-def test_status_page_before_the_model_is_loaded() -> None:
-    server = start_http(0, "127.0.0.1", Metrics())
-    try:
-        assert "not loaded yet" in get(server, "/")[1].decode()
-    finally:
-        server.close()
+def test_live_json_is_never_cached(server: HttpServer, metrics: Metrics) -> None:
+    metrics.state = ServerState.READY
+    status, body, headers = get(server, "/live.json")
+    assert (status, json.loads(body)["state"]) == (200, "ready")
+    assert headers["Content-Type"] == "application/json; charset=utf-8"
+    assert headers["Cache-Control"] == "no-store"
 
 
 def test_other_paths_are_not_found(server: HttpServer) -> None:
@@ -111,6 +108,57 @@ def test_a_silent_client_holds_up_nobody(server: HttpServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as silent:
         silent.sendall(b"GET /healthz")
         assert get(server, "/healthz")[0] == 503
+
+
+class _Drip:
+    """A connection that sends a byte each second of its own clock, and times out as sockets do."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._timeout = 0.0
+
+    def settimeout(self, seconds: float) -> None:
+        self._timeout = seconds
+
+    def recv(self, _size: int) -> bytes:
+        self.now += min(self._timeout, 1.0)
+        if self._timeout < 1.0:
+            raise TimeoutError
+        return b"G"
+
+
+def test_a_request_has_a_time_for_its_whole_head_not_for_each_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    drip = _Drip()
+    monkeypatch.setattr(http.time, "monotonic", lambda: drip.now)
+    with pytest.raises(TimeoutError):
+        http._read_head(drip)  # type: ignore[arg-type]  # all that is used of a socket
+    assert drip.now <= 11
+
+
+def test_an_endless_head_is_cut_off(server: HttpServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as endless:
+        endless.sendall(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 4000)
+        with contextlib.suppress(ConnectionResetError):
+            assert endless.recv(1) == b""
+
+
+def test_no_more_connections_than_there_are_places(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next is closed at once, and there is room again when one leaves."""
+    monkeypatch.setattr(http, "_MAX_CONNECTIONS", 3)
+    server = start_http(0, "127.0.0.1", metrics)
+    held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3)]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as late:
+        assert late.recv(1) == b""
+    for connection in held:
+        connection.close()
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError, HTTPException):
+            return get(server, "/healthz")[0] == 503
+        return False
+
+    wait_until(answers, "there is room again")
+    server.close()
 
 
 def test_nothing_is_printed(server: HttpServer, capfd: pytest.CaptureFixture[str]) -> None:

