@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 OUT ?= benchmarks/results
 
-.PHONY: help demo setup serve stack test lint wheel-check bench soak gpu-check protos clean
+.PHONY: help demo setup serve stack test lint wheel-check bench soak fuzz audit gpu-check protos clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -53,6 +53,14 @@ bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
 
 soak: setup .venv/.test  ## 10,000 random client events and readers that stop: what is left of them, within 10 minutes
 	@PYTHONPATH=. $(BIN)/python -m tests.support.soak --out "$(OUT)"
+
+fuzz: setup .venv/.test  ## 10,000 damaged model files and 1,000,000 absurd messages, 15 minutes; results in $OUT
+	@PYTHONPATH=. $(BIN)/python -m tests.support.fuzz_files --out "$(OUT)"
+	@PYTHONPATH=. $(BIN)/python -m tests.support.fuzz_wire --out "$(OUT)"
+
+audit: .venv/.installed  ## known vulnerabilities of what is installed; asks a public database over the network
+	@$(PYTHON) -m venv build/audit && build/audit/bin/pip --disable-pip-version-check install --quiet pip-audit==2.10.1
+	@build/audit/bin/pip-audit --path .venv/lib/python3*/site-packages --skip-editable
 
 # Uses the python3 it finds, not .venv: machines with a GPU bring their own torch, which must not be replaced.
 gpu-check: build/tree  ## everything that needs a GPU; JSON and a log in $$OUT
