@@ -15,7 +15,6 @@ from pagestream.loadtest.degradation.card import FULL, PARTS, QUICK, disagreemen
 from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.server import Server
 
-
 CONFIDENCE = 0.95  # of every interval
 
 
