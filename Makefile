@@ -30,7 +30,7 @@ test: setup .venv/.test  ## every test that needs no GPU
 lint: .venv/.installed .venv/.test .venv/.lint build/tree  ## ruff, mypy, import-linter, buf, and fresh stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p pagestream.server -p pagestream.model -p pagestream.kernels
+	$(BIN)/mypy -p pagestream.server -p pagestream.model -p pagestream.kernels -p pagestream.loadtest
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	protos/generate.sh build/stubs && diff -r -x '*.proto' -x py.typed -x __pycache__ build/stubs/pagestream protos/pagestream
@@ -91,5 +91,5 @@ clean:  ## remove what these targets made here; the model and the kernels stay i
 # The folders as the namespace `pagestream`, for tools and machines that do without an installation.
 build/tree:
 	@mkdir -p build/tree/pagestream
-	@for name in server model kernels; do ln -sfn ../../../$$name build/tree/pagestream/$$name; done
+	@for name in server model kernels loadtest; do ln -sfn ../../../$$name build/tree/pagestream/$$name; done
 	@ln -sfn ../../../protos/pagestream/v1 build/tree/pagestream/v1

@@ -45,6 +45,12 @@ class Tokenizer(ABC):
         the model expects around a text, such as its start token (a rendered chat has that already).
         """
 
+    @abstractmethod
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that gives the same ids for every text. Raises UnsupportedModelError if there
+        is none.
+        """
+
     def decode(self, ids: Iterable[int], *, keep_special_tokens: bool = False) -> str:
         """The text of these tokens; bytes that are not UTF-8 become U+FFFD."""
         detokenizer = IncrementalDetokenizer(self.text, keep_special_tokens=keep_special_tokens)

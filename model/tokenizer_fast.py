@@ -49,6 +49,10 @@ class FastTokenizer(Tokenizer):
         ids: list[int] = encoding.ids
         return ids
 
+    def to_json(self) -> str:
+        text: str = self._backend.to_str()
+        return text
+
 
 def surround(backend: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
     """Makes `encode` put these special tokens around a text, in place of whatever it put there."""

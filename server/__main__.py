@@ -232,6 +232,14 @@ def pull(cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~
     typer.echo(path)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def loadtest(arguments: typer.Context) -> None:
+    """Measures a server as its clients see it, and what long prompts cost: [bold]pagestream loadtest --help[/]."""
+    from pagestream.loadtest.cli import app as loadtest_app  # noqa: PLC0415 - no server needs it
+
+    loadtest_app(arguments.args, prog_name="pagestream loadtest")
+
+
 app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
 app.command("token", epilog="[dim]Exit codes: 0 made, 2 wrong usage.")(token_command)
 app.command(epilog=_CLIENT_EPILOG)(admin)

@@ -152,6 +152,7 @@ async def _become_ready(model: ServedModel, slot: ModelSlot, listener: Listener,
 async def _lose_readiness(listener: Listener, metrics: Metrics) -> None:
     metrics.state = ServerState.FAILED
     await listener.set_serving(serving=False)
+    await listener.lose_liveness()  # the device is gone
 
 
 async def _drain(

@@ -161,6 +161,13 @@ class GaveWayError(RequestError):
     status = "CANCELLED"
 
 
+class AbortedError(RequestError):
+    """Ended by a call of its own, such as a gateway's Abort."""
+
+    status = "CANCELLED"
+    reason = "ABORTED"
+
+
 class EngineFaultError(RequestError):
     """Something of ours broke; the message carries the request id and no internals."""
 

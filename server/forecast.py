@@ -93,7 +93,8 @@ class Forecast:
         most = max(self._scheduler.token_budget - decodes.rows, 1)
         if not decodes.rows:
             return work.tokens / most
-        steps = self._model.prompt_seconds(work) / self._pace.seconds_for_prompts(decodes)
+        left = self._pace.seconds_for_prompts(decodes)  # 0 beside decodes of unknown cost, where steps miss the target
+        steps = self._model.prompt_seconds(work) / left if left > 0 else math.inf
         return min(max(steps, work.tokens / most), work.tokens / MIN_PROMPT_TOKENS)
 
     def _seconds(self, work: Work, decodes: Work) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -26,7 +27,7 @@ from pagestream.v1.insight_pb2_grpc import add_InsightServiceServicer_to_server
 from pagestream.v1.model_pb2_grpc import add_ModelServiceServicer_to_server
 from pagestream.v1.tokenizer_pb2_grpc import add_TokenizerServiceServicer_to_server
 
-LIVENESS = "liveness"  # a health name that is SERVING as long as the process answers
+LIVENESS = "liveness"  # a health name: SERVING until only a new process can help
 SERVICES = tuple(
     service.full_name
     for file in (generation_pb2, insight_pb2, tokenizer_pb2, model_pb2)
@@ -72,12 +73,17 @@ class Listener:
         _check_port(host, port)
         self._server = grpc.aio.server(interceptors=[Interceptor(metrics, door or Door(), sinks)], options=OPTIONS)
         self._health = health.HealthServicer()
-        add_GenerationServiceServicer_to_server(GenerationService(slot, streams, tokenizing, metrics), self._server)
+        generation = GenerationService(slot, streams, tokenizing, metrics)
+        add_GenerationServiceServicer_to_server(generation, self._server)
         insight = InsightService(slot, streams, tokenizing, metrics)
         add_InsightServiceServicer_to_server(insight, self._server)
         add_TokenizerServiceServicer_to_server(TokenizerService(slot, tokenizing), self._server)
         add_ModelServiceServicer_to_server(ModelService(slot), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if importlib.util.find_spec("smg_grpc_proto") is not None:  # the extra `gateway`
+            from pagestream.server.vllm_service import VllmEngineService  # noqa: PLC0415
+
+            VllmEngineService(generation, slot, streams, tokenizing, metrics).add_to(self._server)
         names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
@@ -100,6 +106,10 @@ class Listener:
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *SERVICES):
             await self._health.set(name, state)
+
+    async def lose_liveness(self) -> None:
+        """Asks whoever started the process to start another."""
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self) -> None:
         """Lets answers that are being written go out, then closes every connection."""

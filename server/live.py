@@ -15,7 +15,7 @@ from pagestream.server.metrics import Metrics, Reading
 
 _FOLDER = Path(__file__).parent / "page"
 _STYLES = ("vendor/uPlot.min.css", "page.css")
-_SCRIPTS = ("vendor/uPlot.iife.min.js", "data.js", "charts.js", "panels.js", "page.js")
+_SCRIPTS = ("vendor/uPlot.iife.min.js", "data.js", "charts.js", "views.js", "panels.js", "page.js")
 
 
 def live_page() -> str:

@@ -41,7 +41,7 @@ class GenerationService(GenerationServiceServicer):
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         try:
-            async for event in self._events(request, context):
+            async for event in self.events(request, context):
                 yield _response(event, request.output)
         except RequestError as error:
             await status.abort(context, error)
@@ -53,7 +53,7 @@ class GenerationService(GenerationServiceServicer):
         finished: dict[int, Finished] = {}
         response = pb.GenerateResponse()
         try:
-            async for event in self._events(request, context):
+            async for event in self.events(request, context):
                 match event:
                     case pb.Accepted():
                         response.accepted.CopyFrom(event)
@@ -72,7 +72,7 @@ class GenerationService(GenerationServiceServicer):
             answer.finished.CopyFrom(translate.finished(end))
         return response
 
-    async def _events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
+    async def events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
         """Accepted, then what the engine says. Raises RequestError. However the call ends, the engine lets go."""
         received = time.monotonic()
         try:

@@ -158,6 +158,14 @@ DASHBOARD = dashboard(
                         "baseline of {{task}}, {{ctx}}": f"pagestream_canary_baseline_logprob{M}",
                     },
                     unit="none",
+                    width=16,
+                ),
+                Panel(
+                    "Canary runs per hour",
+                    "A canary gives way to clients, so a server that is always busy skips them, and the panel beside"
+                    " stands still. Failed ones were refused or broke, whatever their answer.",
+                    {"{{result}}": f"sum by (result) (increase(pagestream_canary_runs_total{M}[1h]))"},
+                    unit="none",
                 ),
                 Panel(
                     "Output entropy",
@@ -165,6 +173,7 @@ DASHBOARD = dashboard(
                     "calibrated probability of being right.",
                     _quantiles("output_entropy_nats"),
                     unit="none",
+                    width=12,
                 ),
                 Panel(
                     "Surprisal of the sampled token",
@@ -172,6 +181,7 @@ DASHBOARD = dashboard(
                     "traffic.",
                     _quantiles("output_surprisal_nats"),
                     unit="none",
+                    width=12,
                 ),
             ],
         ),

@@ -81,7 +81,7 @@ DASHBOARD = dashboard(
             [
                 Panel(
                     "Degradation factor",
-                    "Median gap at a context over that at the shortest context with samples, in ten minutes. Batches"
+                    "Mean gap at a context over that at the shortest context with samples, in ten minutes. Batches"
                     " differ, so it holds the work of others too; the cost model below does not.",
                     {"≤ {{ctx}}": f"{GAP}:degradation_factor_10m{M}"},
                     unit="none",

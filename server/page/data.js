@@ -60,14 +60,15 @@ class Span {
     return { edges: this.now.families[name].edges, counts, sum: row[2] - (old ? old[2] : 0) };
   }
 
-  // The quantiles of a family by ctx: [{ctx, count, quantiles}], those with samples.
-  byContext(name, quantiles) {
+  // What was observed of a family by ctx: [{ctx, count, p50, p95, mean}], those with samples.
+  byContext(name) {
     const rows = [];
     for (const ctx of CTX) {
       const histogram = this.histogram(name, ctx);
       if (histogram) {
         const count = histogram.counts[histogram.counts.length - 1];
-        rows.push({ ctx, count, quantiles: quantiles.map((q) => quantile(histogram, q)) });
+        const [p50, p95] = [0.5, 0.95].map((q) => quantile(histogram, q));
+        rows.push({ ctx, count, p50, p95, mean: histogram.sum / count });
       }
     }
     return rows;

@@ -24,7 +24,8 @@ class ServerProcess:
 
     def __init__(self, model: Path, *arguments: str) -> None:
         command = [sys.executable, "-m", "pagestream.server", "serve", str(model)]
-        command += ["--grpc-port", "0", "--http-port", "0", "--dtype", "fp32", "--device", "cpu", *arguments]
+        command += ["--grpc-port", "0", "--http-port", "0", "--dtype", "fp32", "--device", "cpu"]
+        command += ["--canary-interval", "0", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.log: list[str] = []
         self._said = threading.Condition()
