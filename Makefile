@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 OUT ?= benchmarks/results
 
-.PHONY: help demo setup serve stack test lint wheel-check bench soak gpu-check protos clean
+.PHONY: help demo setup serve stack test lint wheel-check bench soak fuzz audit gpu-check protos clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -30,7 +30,7 @@ test: setup .venv/.test  ## every test that needs no GPU
 lint: .venv/.installed .venv/.test .venv/.lint build/tree  ## ruff, mypy, import-linter, buf, and fresh stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p pagestream.server -p pagestream.model -p pagestream.kernels
+	$(BIN)/mypy -p pagestream.server -p pagestream.model -p pagestream.kernels -p pagestream.loadtest
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	protos/generate.sh build/stubs && diff -r -x '*.proto' -x py.typed -x __pycache__ build/stubs/pagestream protos/pagestream
@@ -53,6 +53,14 @@ bench: setup .venv/.test  ## all CPU benchmarks; results in benchmarks/results
 
 soak: setup .venv/.test  ## 10,000 random client events and readers that stop: what is left of them, within 10 minutes
 	@PYTHONPATH=. $(BIN)/python -m tests.support.soak --out "$(OUT)"
+
+fuzz: setup .venv/.test  ## 10,000 damaged model files and 1,000,000 absurd messages, 15 minutes; results in $OUT
+	@PYTHONPATH=. $(BIN)/python -m tests.support.fuzz_files --out "$(OUT)"
+	@PYTHONPATH=. $(BIN)/python -m tests.support.fuzz_wire --out "$(OUT)"
+
+audit: .venv/.installed  ## known vulnerabilities of what is installed; asks a public database over the network
+	@$(PYTHON) -m venv build/audit && build/audit/bin/pip --disable-pip-version-check install --quiet pip-audit==2.10.1
+	@build/audit/bin/pip-audit --path .venv/lib/python3*/site-packages --skip-editable
 
 # Uses the python3 it finds, not .venv: machines with a GPU bring their own torch, which must not be replaced.
 gpu-check: build/tree  ## everything that needs a GPU; JSON and a log in $$OUT
@@ -83,5 +91,5 @@ clean:  ## remove what these targets made here; the model and the kernels stay i
 # The folders as the namespace `pagestream`, for tools and machines that do without an installation.
 build/tree:
 	@mkdir -p build/tree/pagestream
-	@for name in server model kernels; do ln -sfn ../../../$$name build/tree/pagestream/$$name; done
+	@for name in server model kernels loadtest; do ln -sfn ../../../$$name build/tree/pagestream/$$name; done
 	@ln -sfn ../../../protos/pagestream/v1 build/tree/pagestream/v1

@@ -94,6 +94,11 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def compiler() -> str:
+    """The C++ compiler that is used."""
+    return os.environ.get("CXX", "g++")
+
+
 def build(*, with_cuda: bool | None = None) -> Path:
     """The library, compiled if the cache folder does not hold it; beside it, build.log with the compilers' reports.
 
@@ -101,7 +106,7 @@ def build(*, with_cuda: bool | None = None) -> Path:
     """
     if prebuilt := os.environ.get("PAGESTREAM_KERNELS"):
         return Path(prebuilt)
-    compiler = os.environ.get("CXX", "g++")
+    cpp_compiler = compiler()
     if with_cuda is None:
         with_cuda = torch.cuda.is_available() and nvcc() is not None
     cuda_compiler = nvcc() if with_cuda else None
@@ -109,15 +114,17 @@ def build(*, with_cuda: bool | None = None) -> Path:
         raise BuildError("no CUDA compiler: install the CUDA toolkit (12.9 or later) and put nvcc on the PATH")
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream" / "kernels"
-        target = cache / _fingerprint(compiler, cuda_compiler)
+        target = cache / _fingerprint(cpp_compiler, cuda_compiler)
         if not (target / _LIBRARY).exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix="building-", ignore_cleanup_errors=True) as aside:
-                _compile(compiler, cuda_compiler, Path(aside))
+                _compile(cpp_compiler, cuda_compiler, Path(aside))
                 with contextlib.suppress(OSError):  # another process was first: its library is the same
                     Path(aside).rename(target)
     except FileNotFoundError as error:
-        raise BuildError(f"no C++ compiler ({compiler}): install g++ 11 or later (`apt-get install g++`)") from error
+        raise BuildError(
+            f"no C++ compiler ({cpp_compiler}): install g++ 11 or later (`apt-get install g++`)"
+        ) from error
     except OSError as error:
         raise BuildError(f"{error}: set XDG_CACHE_HOME to a folder that can be written") from error
     return target / _LIBRARY

@@ -79,10 +79,8 @@ def _over_sizes(
 def _shifted_sum(blocks: Array, random: np.random.Generator) -> Array:
     """Over members of [sets, members, blocks], the blocks of each moved in a circle by its own distance: chance, but
     the same for the same shape."""
-    total = np.zeros_like(blocks[:, 0])
-    width = blocks.shape[-1]
-    shifts: list[int] = random.integers(width, size=(blocks.shape[1],)).tolist()
-    for member, shift in enumerate(shifts):
-        total[:, shift:] += blocks[:, member, : width - shift]
-        total[:, :shift] += blocks[:, member, width - shift :]
+    sets, members, width = blocks.shape
+    shifts = random.integers(width, size=(members, 1))
+    places = np.arange(members)[:, None] * width + (np.arange(width) + shifts) % width
+    total: Array = np.take(blocks.reshape(sets, -1), places, axis=1).sum(1)
     return total

@@ -52,12 +52,13 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the chat template cannot be compiled: line {error.lineno}: {error.message}") from error
         self._template = jinja2.Template.from_code(environment, code, environment.globals)
-        self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
         """The chat as text, special tokens included. Messages have `role` and `content`. Raises TemplateError."""
         variables = {
-            **self._special_tokens,
+            **self.special_tokens,
             "messages": messages,
             "tools": None,
             "documents": None,

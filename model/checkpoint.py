@@ -11,7 +11,7 @@ import torch
 from pagestream.model.checkpoint_gguf import GgufCheckpoint
 from pagestream.model.checkpoint_hf import HfCheckpoint
 from pagestream.model.config import ModelConfig
-from pagestream.model.errors import ModelError, UnsupportedModelError
+from pagestream.model.errors import ModelError, UnsupportedModelError, reading
 from pagestream.model.quantization import Bits, Groups
 from pagestream.model.tokenizer_base import Tokenizer
 from pagestream.model.weights import expected_tensors
@@ -55,10 +55,11 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Reads config and headers, no tensor data. Raises ModelError for what is not a model or cannot be read."""
-    if path.is_dir():
-        return HfCheckpoint(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return GgufCheckpoint(path)
+    with reading(path):
+        if path.is_dir():
+            return HfCheckpoint(path)
+        if path.suffix == ".gguf" and path.is_file():
+            return GgufCheckpoint(path)
     found = "is neither" if path.exists() else "does not exist"
     raise ModelError(f"a model is a folder with config.json and *.safetensors, or a .gguf file; {path} {found}")
 

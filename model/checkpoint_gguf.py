@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
-from pagestream.model.errors import ModelError, UnsupportedModelError
+from pagestream.model.errors import ModelError, UnsupportedModelError, reading
 from pagestream.model.gguf_config import parse_gguf_config
 from pagestream.model.quantization import Bits, Groups
 from pagestream.model.tokenizer_base import Tokenizer
@@ -78,7 +78,8 @@ class GgufCheckpoint:
     def load_tokenizer(self) -> Tokenizer:
         from pagestream.model.tokenizer_gguf import gguf_tokenizer  # noqa: PLC0415, imports the gguf package
 
-        return gguf_tokenizer(self._reader)
+        with reading(self.files[0]):
+            return gguf_tokenizer(self._reader)
 
     @property
     def group_bits(self) -> dict[str, Bits]:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pagestream.model.errors import ModelError
 
+MAX_LAYERS = 1024  # eight times the most there are: a damaged file must not have billions counted
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:

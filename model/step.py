@@ -81,12 +81,13 @@ class Chunk:
     def sampled_positions(self) -> range:
         """Where a token is chosen: behind the last known one and each proposed one, and wherever a given one is; empty
         if that is not reached."""
-        return range(max(self.first_chosen, self.start + 1), self.end + 1)
+        first = max(self.first_chosen, self.start + 1) if self.given else len(self.tokens)
+        return range(first, self.end + 1)
 
     @property
     def first_chosen(self) -> int:
-        """The first position without a token, or with a given one."""
-        return len(self.tokens) - max(len(self.given) - 1, 0)
+        """The first position with a given token that is still to be chosen."""
+        return len(self.tokens) + 1 - len(self.given)
 
     @property
     def observed_position(self) -> int:

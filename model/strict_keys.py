@@ -26,11 +26,13 @@ class StrictKeys:
         self._read.add(key)
         return self._values.get(key)
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int | None = None) -> int:
         value = self.optional_integer(key, minimum=minimum)
         value = default if value is None else value
         if value is None:
             raise self._missing(key)
+        if maximum is not None and value > maximum:
+            raise UnsupportedModelError(f"{self._source}: {key} {value} is not supported, only up to {maximum}")
         return value
 
     def optional_integer(self, key: str, *, minimum: int = 1) -> int | None:

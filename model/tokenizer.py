@@ -11,8 +11,8 @@ from google.protobuf.message import DecodeError
 from tokenizers import AddedToken
 
 from pagestream.model.chat_template import ChatTemplate
-from pagestream.model.errors import ModelError
-from pagestream.model.tokenizer_base import Tokenizer
+from pagestream.model.errors import ModelError, reading
+from pagestream.model.tokenizer_base import MAX_TOKENS, Tokenizer
 from pagestream.model.tokenizer_fast import FastTokenizer, surround
 from pagestream.model.tokenizer_sentencepiece import ModelProto, SentencePieceTokenizer
 
@@ -24,6 +24,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises ModelError if there is none or it is broken, UnsupportedModelError if its kind is not understood.
     """
+    with reading(path):
+        return _load_tokenizer(path)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
     if path.suffix == ".gguf":
         # here, because only GGUF files need the gguf package
         from pagestream.model.gguf_file import open_gguf  # noqa: PLC0415
@@ -114,7 +119,11 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
         index: AddedToken(name, normalized=False) for name, index in _read_json(folder / "added_tokens.json").items()
     }
     flagged = {int(index): AddedToken(**fields) for index, fields in config.get("added_tokens_decoder", {}).items()}
-    return dict(sorted((plain | flagged).items()))
+    added = dict(sorted((plain | flagged).items()))
+    for index in added:
+        if not 0 <= index < MAX_TOKENS:
+            raise ModelError(f"{folder}: {index} is no id of an added token")
+    return added
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pagestream.model.chat_template import ChatTemplate
 from pagestream.model.detokenizer import IncrementalDetokenizer, TokenText
 
+MAX_TOKENS = 2**22  # of a vocabulary, with its gaps; sixteen times the largest there is
+
 
 class Tokenizer(ABC):
     """Text to token ids and back. Nothing changes after construction, so every method may be called from any thread;
@@ -41,6 +43,12 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids. Special tokens written out in `text` become themselves; `add_special_tokens` puts around it what
         the model expects around a text, such as its start token (a rendered chat has that already).
+        """
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that gives the same ids for every text. Raises UnsupportedModelError if there
+        is none.
         """
 
     def decode(self, ids: Iterable[int], *, keep_special_tokens: bool = False) -> str:

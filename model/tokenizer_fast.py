@@ -12,8 +12,8 @@ from tokenizers import processors
 
 from pagestream.model.chat_template import ChatTemplate
 from pagestream.model.detokenizer import TokenText
-from pagestream.model.errors import UnsupportedModelError
-from pagestream.model.tokenizer_base import Tokenizer
+from pagestream.model.errors import ModelError, UnsupportedModelError
+from pagestream.model.tokenizer_base import MAX_TOKENS, Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -49,6 +49,10 @@ class FastTokenizer(Tokenizer):
         ids: list[int] = encoding.ids
         return ids
 
+    def to_json(self) -> str:
+        text: str = self._backend.to_str()
+        return text
+
 
 def surround(backend: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
     """Makes `encode` put these special tokens around a text, in place of whatever it put there."""
@@ -75,7 +79,10 @@ def _token_text(backend: tokenizers.Tokenizer) -> TokenText:
 
 
 def _table(data: dict[int, bytes]) -> tuple[bytes, ...]:
-    return tuple(data.get(index, b"") for index in range(max(data, default=-1) + 1))
+    size = max(data, default=-1) + 1
+    if size > MAX_TOKENS:
+        raise ModelError(f"{size - 1} is no id of a token: at most {MAX_TOKENS} are supported")
+    return tuple(data.get(index, b"") for index in range(size))
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:

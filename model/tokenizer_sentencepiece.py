@@ -13,6 +13,7 @@ from pagestream.model.chat_template import ChatTemplate
 from pagestream.model.detokenizer import TokenText
 from pagestream.model.errors import ModelError, UnsupportedModelError
 from pagestream.model.tokenizer_base import Tokenizer
+from pagestream.model.tokenizer_fast import surround
 
 ModelProto: Any = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined] # protobuf makes it when imported
 _Piece: Any = ModelProto.SentencePiece
@@ -40,6 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
         """`added` are tokens beside or in place of the model's own. Raises ModelError for a model that the library
         does not load.
         """
+        self._proto, self._added = proto, added
         self._processor = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(proto.SerializeToString())
@@ -56,6 +58,7 @@ class SentencePieceTokenizer(Tokenizer):
             for index, piece in enumerate(proto.pieces)
             if piece.type in {_Piece.CONTROL, _Piece.UNKNOWN}
         } | dict(added)
+        self._written = {index: token.content for index, token in written.items()}
         self._ids = {token.content: index for index, token in written.items()}
         longest_first = sorted(written.values(), key=lambda token: len(token.content), reverse=True)
         self._splitter = re.compile("(" + "|".join(map(_pattern, longest_first)) + ")")
@@ -68,6 +71,16 @@ class SentencePieceTokenizer(Tokenizer):
             else:
                 ids += self._processor.encode(part)
         return ids + self._after if add_special_tokens else ids
+
+    def to_json(self) -> str:
+        # here, because only gateways ask for it
+        from pagestream.model.sentencepiece_export import to_tokenizers  # noqa: PLC0415
+
+        backend = to_tokenizers(self._proto, self._added)
+        names = [[self._written[index] for index in ids] for ids in (self._before, self._after)]
+        surround(backend, *(next(iter(side), None) for side in names))
+        text: str = backend.to_str()
+        return text
 
 
 def _pattern(token: AddedToken) -> str:

@@ -5,31 +5,32 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
 
 from pagestream.model.default_model import fetch_default_model
 from pagestream.model.errors import ModelError
 from pagestream.server.chat import run_chat
-from pagestream.server.client import Answer, CallError, Client, UnreachableError, summary
+from pagestream.server.client import CallError, Client, Credentials, UnreachableError
 from pagestream.server.config import (
     Device,
     Dtype,
     KvDtype,
+    LogFormat,
     ServerConfig,
     default_cache_dir,
     let_idle_threads_sleep,
     load_config,
 )
 from pagestream.server.health import health
+from pagestream.server.operate import admin, doctor, token_command
+from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token
+from pagestream.server.printing import print_answer, print_answers, print_events
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
 FAILED, USAGE, NO_MODEL, UNREACHABLE, INTERRUPTED = 1, 2, 3, 4, 130  # exit codes; 0 is a clean end
@@ -46,7 +47,6 @@ app = typer.Typer(
 _CLIENT_EPILOG = (
     "[dim]Exit codes: 0 answered, 1 the server refused or failed, 2 wrong usage, 4 no server answers, 130 Ctrl-C."
 )
-Address = Annotated[str, typer.Option(help="HOST:PORT of the server.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the most likely token.", show_default="0")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same answer.", show_default="drawn")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer.", show_default="what fits")]
@@ -67,7 +67,7 @@ def serve(
     device: Annotated[Device | None, _setting("Where to compute.", ServerConfig.device)] = None,
     dtype: Annotated[Dtype | None, _setting("Weights and arithmetic; fp32 is exact.", ServerConfig.dtype)] = None,
     kv_dtype: Annotated[KvDtype | None, _setting("Cached keys and values.", ServerConfig.kv_dtype)] = None,
-    host: Annotated[str | None, _setting("0.0.0.0 for every network: no TLS, no login.", ServerConfig.host)] = None,
+    host: Annotated[str | None, _setting("0.0.0.0 for every network.", ServerConfig.host)] = None,
     grpc_port: Annotated[int | None, _setting("0 takes a free one.", ServerConfig.grpc_port)] = None,
     http_port: Annotated[int | None, _setting("/metrics and /healthz.", ServerConfig.http_port)] = None,
     threads: Annotated[int | None, _setting("CPU threads.", "all cores")] = None,
@@ -102,6 +102,12 @@ def serve(
         int | None, _setting("Steps between looks at attention; 0: none.", ServerConfig.attention_every)
     ] = None,
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
+    tls_cert: Annotated[Path | None, _setting("PEM with the chain; read again when it changes.", "no TLS")] = None,
+    tls_key: Annotated[Path | None, _setting("PEM of its private key.", "no TLS")] = None,
+    tls_client_ca: Annotated[Path | None, _setting("Clients must show a certificate of it.", "any client")] = None,
+    keys_file: Annotated[Path | None, _setting("Whose tokens are let in.", "anybody")] = None,
+    admin_socket: Annotated[Path | None, _setting("Unix socket of the AdminService.", "none")] = None,
+    log_format: Annotated[LogFormat | None, _setting("Lines for people or for machines.", "text")] = None,
 ) -> None:
     """Serves a model over gRPC until Ctrl-C or SIGTERM.
 
@@ -150,6 +156,10 @@ def generate(
     seed: Seed = None,
     n: Annotated[int | None, typer.Option("-n", min=1, help="Answers, of seeds in a row.", show_default="1")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the events, one JSON object a line.")] = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
 ) -> None:
     """Streams one answer to stdout and a summary to stderr; several answers as each is complete. Ctrl-C cancels on the
     server too.
@@ -177,43 +187,13 @@ def generate(
         request.chat.messages.add(role="user", content=prompt)
     else:
         request.text = prompt
-    with _connect(address) as client:
+    with _connect(address, Credentials(tls_ca, tls_cert, tls_key, token)) as client:
         if json:
-            _print_events(client, request)
+            print_events(client, request)
         elif request.n > 1:
-            _print_answers(client, request)
+            print_answers(client, request)
         else:
-            _print_answer(client, request)
-
-
-def _print_answer(client: Client, request: GenerateStreamRequest) -> None:
-    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
-    answer = Answer()
-    try:
-        answer.receive(client.stream(request), lambda text: typer.echo(text, nl=False), terminal)
-    finally:
-        if answer.text:
-            typer.echo()  # what came of an answer that broke off ends in a line too
-    if answer.finished:
-        terminal.print(summary(answer.finished), style="dim")
-
-
-def _print_answers(client: Client, request: GenerateStreamRequest) -> None:
-    """Each whole when it ends, under its index: streams that take turns could not be read."""
-    terminal = Console(stderr=True, highlight=False, soft_wrap=True)
-    texts: dict[int, str] = defaultdict(str)
-    with closing(client.stream(request)) as events:
-        for event in events:
-            texts[event.delta.index] += event.delta.text
-            if event.HasField("finished"):
-                typer.echo(f"[{event.finished.index}] {texts[event.finished.index]}")
-                terminal.print(summary(event.finished), style="dim")
-
-
-def _print_events(client: Client, request: GenerateStreamRequest) -> None:
-    with closing(client.stream(request)) as events:
-        for event in events:
-            typer.echo(MessageToJson(event, indent=None, preserving_proto_field_name=True))
+            print_answer(client, request)
 
 
 @app.command(epilog=_CLIENT_EPILOG)
@@ -222,6 +202,10 @@ def chat(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     seed: Seed = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
 ) -> None:
     """Chats in the terminal; Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -231,7 +215,7 @@ def chat(
     [bold]pagestream chat --address gpu-box:50051 --temperature 0.7[/]
     """
     sampling, stop = _generation(max_tokens, None, temperature=temperature, seed=seed)
-    with _connect(address) as client:
+    with _connect(address, Credentials(tls_ca, tls_cert, tls_key, token)) as client:
         run_chat(client, sampling, stop)
 
 
@@ -248,7 +232,18 @@ def pull(cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~
     typer.echo(path)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def loadtest(arguments: typer.Context) -> None:
+    """Measures a server as its clients see it, and what long prompts cost: [bold]pagestream loadtest --help[/]."""
+    from pagestream.loadtest.cli import app as loadtest_app  # noqa: PLC0415 - no server needs it
+
+    loadtest_app(arguments.args, prog_name="pagestream loadtest")
+
+
 app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
+app.command("token", epilog="[dim]Exit codes: 0 made, 2 wrong usage.")(token_command)
+app.command(epilog=_CLIENT_EPILOG)(admin)
+app.command(epilog="[dim]Exit codes: 0 all is well, 1 something is missing, 2 bad setting.")(doctor)
 
 
 def _generation(max_tokens: int | None, stop: list[str] | None, **sampling: Any) -> tuple[SamplingConfig, StopConfig]:
@@ -260,14 +255,14 @@ def _generation(max_tokens: int | None, stop: list[str] | None, **sampling: Any)
 
 
 @contextmanager
-def _connect(address: str) -> Iterator[Client]:
+def _connect(address: str, credentials: Credentials) -> Iterator[Client]:
     """A client whose errors are one sentence and an exit code."""
     try:
-        with Client(address) as client:
+        with Client(address, credentials) as client:
             yield client
     except UnreachableError as error:
         _fail(error, UNREACHABLE)
-    except CallError as error:
+    except (CallError, OSError) as error:
         _fail(error, FAILED)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None

@@ -5,26 +5,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from pagestream.server.admin import AdminListener, AdminService
 from pagestream.server.assemble import assemble
 from pagestream.server.canary import Canary
-from pagestream.server.config import ServerConfig
+from pagestream.server.config import ServerConfig, wants_traces
+from pagestream.server.door import Door
 from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
+from pagestream.server.interceptor import Sink
+from pagestream.server.keys import KeyFile
 from pagestream.server.listener import Listener
+from pagestream.server.logs import log_call, set_up_logging
 from pagestream.server.metrics import Metrics, ServerState
 from pagestream.server.objectives import Objectives
-from pagestream.server.served import ModelSlot
+from pagestream.server.served import ModelSlot, ServedModel
 from pagestream.server.streams import Streams
+from pagestream.server.tls import TlsFiles
 from pagestream.server.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from pagestream.server.tracing import Tracer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,9 +46,10 @@ _LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
 def serve(config: ServerConfig) -> int:
     """Serves until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
 
-    Raises ModelError if the model cannot be loaded and OSError if a port is taken.
+    Raises ModelError if the model cannot be loaded and OSError if a port is taken or a file of certificates or keys
+    cannot be used.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    set_up_logging(config.log_format)
     return asyncio.run(_serve(config))
 
 
@@ -50,12 +61,18 @@ async def _serve(config: ServerConfig) -> int:
     objectives = Objectives(config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000, config.slo_e2e_s)
     metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
-    listener = Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics)
+    tracer = _tracer(metrics) if wants_traces() else None
+    listener = _listener(config, slot, streams, tokenizing, metrics, [log_call, *([tracer] if tracer else [])])
     http = start_http(config.http_port, config.host, metrics)
+    operating = AdminService(metrics, streams, stop.set)
+    admin = AdminListener(config.admin_socket, operating) if config.admin_socket else None
     lag = loop.create_task(_watch_loop_lag(metrics))
     try:
         await listener.start()
         log.info("gRPC on %s:%d; metrics on http://%s:%d/metrics", config.host, listener.port, config.host, http.port)
+        _warn_if_open(config)
+        if admin:
+            await admin.start()
 
         def on_fault() -> None:
             asyncio.run_coroutine_threadsafe(_lose_readiness(listener, metrics), loop)
@@ -65,12 +82,7 @@ async def _serve(config: ServerConfig) -> int:
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             model = loading.result()
-            gc.freeze()  # what is there stays: collections need not look through it
-            gc.enable()
-            slot.fill(model)
-            await listener.set_serving(serving=True)
-            metrics.state = ServerState.READY
-            log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
+            await _become_ready(model, slot, listener, metrics)
             watching = loop.create_task(_watch_engine(model.engine, listener, metrics))
             canary = loop.create_task(Canary(model, streams, tokenizing, metrics, config.canary_interval).run())
             await stopping
@@ -80,15 +92,67 @@ async def _serve(config: ServerConfig) -> int:
     finally:
         lag.cancel()
         await listener.stop()
+        if admin:
+            await admin.stop()
         http.close()
         tokenizing.shutdown(wait=False, cancel_futures=True)
+        if tracer:
+            await asyncio.to_thread(tracer.close)
     log.info("stopped")
     return 0
+
+
+def _listener(
+    config: ServerConfig,
+    slot: ModelSlot,
+    streams: Streams,
+    tokenizing: ThreadPoolExecutor,
+    metrics: Metrics,
+    sinks: Sequence[Sink],
+) -> Listener:
+    tls = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    door = Door(KeyFile(config.keys_file) if config.keys_file else None)
+    return Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics, tls, door, sinks)
+
+
+def _tracer(metrics: Metrics) -> Tracer | None:
+    try:
+        from pagestream.server.tracing import Tracer  # noqa: PLC0415 - an extra, and only where it is wanted
+    except ImportError as error:
+        log.warning("no spans are sent: %s (pip install 'pagestream[otel]')", error)
+        return None
+    return Tracer(lambda: metrics.status().model)
+
+
+def _warn_if_open(config: ServerConfig) -> None:
+    missing = [] if config.tls_cert else ["no TLS (--tls-cert, --tls-key)"]
+    missing += [] if config.keys_file or config.tls_client_ca else ["no tokens (--keys-file)"]
+    if missing and not _is_loopback(config.host):
+        log.warning("%s is open to its network with %s", config.host, " and ".join(missing))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _become_ready(model: ServedModel, slot: ModelSlot, listener: Listener, metrics: Metrics) -> None:
+    gc.freeze()  # what is there stays: collections need not look through it
+    gc.enable()
+    slot.fill(model)
+    await listener.set_serving(serving=True)
+    metrics.state = ServerState.READY
+    log.info("ready: models/%s on %s in %s", model.name, model.device, model.dtype)
 
 
 async def _lose_readiness(listener: Listener, metrics: Metrics) -> None:
     metrics.state = ServerState.FAILED
     await listener.set_serving(serving=False)
+    await listener.lose_liveness()  # the device is gone
 
 
 async def _drain(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-from pagestream.server.prefix_tree import CachedPrefix, PrefixTree
+from pagestream.server.prefix_tree import CachedPrefix, FullPage, PrefixTree, Watcher
 
 
 class BlockPool:
@@ -116,6 +116,20 @@ class BlockPool:
                 self.share([kept])
                 self.release([own])
                 block_ids[index] = kept
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Has it told of what can be found and no longer can, in full pages; None ends that."""
+        self._tree.watcher = watcher
+
+    def full_pages(self, salt: str) -> list[FullPage]:
+        """What can be found now, in full pages."""
+        return list(self._tree.full_pages(salt))
+
+    def flush(self) -> int:
+        """Forgets all that nobody holds. Returns how many blocks are free then."""
+        while self._cached:
+            self._evict()
+        return self.num_free
 
     def _evict(self) -> None:
         block_id, _ = self._cached.popitem(last=False)

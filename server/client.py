@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from types import TracebackType
@@ -37,15 +38,42 @@ class UnreachableError(CallError):
     """No server answered."""
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """How a client proves itself, and how it knows the server; PEM files. Without `ca`, plain text."""
+
+    ca: Path | None = None  # of the server's certificate
+    cert: Path | None = None  # the client's own, with its key
+    key: Path | None = None
+    token: str | None = None
+
+    def open(self, address: str) -> grpc.Channel:
+        """Raises OSError for a file that cannot be read."""
+        if self.ca is None:
+            return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        own = [file.read_bytes() if file else None for file in (self.key, self.cert)]
+        credentials = grpc.ssl_channel_credentials(self.ca.read_bytes(), *own)
+        return grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """Sent with every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+
+ANONYMOUS = Credentials()
+
+
 class Client:
-    """One connection without TLS. Use it as a context manager.
+    """One connection. Use it as a context manager.
 
     Every method raises CallError, or UnreachableError if there is no server at the address.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials = ANONYMOUS) -> None:
         self._address = address
-        self.channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._metadata = credentials.metadata
+        self.channel = credentials.open(address)
 
     def __enter__(self) -> Self:
         return self
@@ -58,7 +86,8 @@ class Client:
     def model(self) -> ModelInfo:
         """The model that is served."""
         try:
-            return ModelServiceStub(self.channel).GetModel(GetModelRequest(), timeout=_MODEL_INFO_SECONDS).model
+            stub = ModelServiceStub(self.channel)
+            return stub.GetModel(GetModelRequest(), timeout=_MODEL_INFO_SECONDS, metadata=self._metadata).model
         except grpc.RpcError as error:
             raise self._explain(error) from error
 
@@ -68,7 +97,7 @@ class Client:
         A thread of its own reads the call: gRPC keeps its locks for ever when Ctrl-C raises KeyboardInterrupt while
         the main thread holds one, and every later call would hang.
         """
-        call = GenerationServiceStub(self.channel).GenerateStream(request)
+        call = GenerationServiceStub(self.channel).GenerateStream(request, metadata=self._metadata)
         arrived: SimpleQueue[GenerateStreamResponse | grpc.RpcError | None] = SimpleQueue()
         Thread(target=_read, args=(call, arrived.put), daemon=True).start()
         try:

@@ -1,6 +1,6 @@
 """The settings of a server: defaults, overruled by a TOML file, overruled by flags.
 
-The one file of this folder that reads the environment (XDG_CACHE_HOME).
+The one file of this folder that reads the environment (XDG_CACHE_HOME, and whether OpenTelemetry is set up there).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "fp32", "bf16", "int8", "int4"]
 KvDtype = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+LogFormat = Literal["text", "json"]
 
 Parse = Callable[[object], object]  # what a file or a flag says -> the value, or ValueError with what is allowed
 
@@ -32,6 +33,12 @@ _UNITS = {
 def default_cache_dir() -> Path:
     """Where models are kept: `pagestream` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pagestream"
+
+
+def wants_traces() -> bool:
+    """Whether the environment names a receiver of OpenTelemetry spans."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(os.environ.get(name) for name in names)
 
 
 def let_idle_threads_sleep() -> None:
@@ -114,7 +121,7 @@ class ServerConfig:
     device: Device = "auto"
     dtype: Dtype = "auto"
     kv_dtype: KvDtype = "auto"
-    # Loopback: there is no TLS and no authentication, so being reachable from a network is a choice, not a default.
+    # Loopback: TLS and tokens must be set up, so being reachable from a network is a choice, not a default.
     host: str = "127.0.0.1"
     grpc_port: int = 50051  # 0 takes any free port
     http_port: int = 8080
@@ -138,11 +145,21 @@ class ServerConfig:
     slo_e2e_s: float = 60.0
     attention_every: int = 64  # steps that decode, of which one is observed; 0: none
     cache_dir: Path = field(default_factory=default_cache_dir)
+    tls_cert: Path | None = None  # PEM, with the chain; None: plain text
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # clients must show a certificate of this authority
+    keys_file: Path | None = None  # keys.py; None: no token is asked for
+    admin_socket: Path | None = None  # where AdminService listens; None: nowhere
+    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         _parse({name: value for name, value in vars(self).items() if value is not None}, where="")
         if self.grpc_port == self.http_port != 0:
             raise ValueError(f"grpc_port and http_port are both {self.grpc_port}; they must differ")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; one of them is missing")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
         if self.max_running is not None and self.token_budget < self.max_running:
             raise ValueError(
                 f"token_budget {self.token_budget} is below max_running {self.max_running}; "
@@ -178,6 +195,12 @@ _PARSERS: Mapping[str, Parse] = {
     "slo_e2e_s": _seconds,
     "attention_every": _integer(0),
     "cache_dir": _path,
+    "tls_cert": _path,
+    "tls_key": _path,
+    "tls_client_ca": _path,
+    "keys_file": _path,
+    "admin_socket": _path,
+    "log_format": _one_of(*get_args(LogFormat)),
 }
 
 

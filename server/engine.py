@@ -18,6 +18,7 @@ from pagestream.model.sampling import NonFiniteLogitsError
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.backpressure import Backpressure, ReaderLimits
 from pagestream.server.block_pool import BlockPool
+from pagestream.server.cache_watch import CacheWatch
 from pagestream.server.costs import Costs, Footprint
 from pagestream.server.errors import (
     DeadlineExceededError,
@@ -81,6 +82,7 @@ class Engine:
         self._on_fault = on_fault
         self.clock = clock
         self.inbox = Inbox(limits, clock)
+        self.cache = CacheWatch(pool)
         self._backpressure = Backpressure(readers, scheduler, metrics, clock)
         self._jobs: dict[str, Job] = {}
         self._deadlines: list[tuple[float, str]] = []  # heap, of both kinds of deadline

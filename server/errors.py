@@ -18,6 +18,8 @@ StatusName = Literal[
     "FAILED_PRECONDITION",
     "INTERNAL",
     "CANCELLED",
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
 ]
 
 
@@ -104,6 +106,25 @@ class SlowReaderError(RequestError):
     reason = "SLOW_READER"
 
 
+class UnauthenticatedError(RequestError):
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class KeyLimitError(RequestError):
+    """More than the caller's key allows."""
+
+    status = "PERMISSION_DENIED"
+    reason = "KEY_LIMIT"
+
+
+class KeyBusyError(RetryableError):
+    """As many calls at once as the caller's key allows."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "KEY_BUSY"
+
+
 class LoadingError(RetryableError):
     status = "UNAVAILABLE"
     reason = "LOADING"
@@ -138,6 +159,13 @@ class GaveWayError(RequestError):
     """A request of the server's own, ended because a client's arrived."""
 
     status = "CANCELLED"
+
+
+class AbortedError(RequestError):
+    """Ended by a call of its own, such as a gateway's Abort."""
+
+    status = "CANCELLED"
+    reason = "ABORTED"
 
 
 class EngineFaultError(RequestError):

@@ -17,10 +17,9 @@ def room_to_score(planned: Iterable[Chunk]) -> int:
     return MAX_SCORED_ROWS - sum(len(chunk.sampled_positions) for chunk in planned if chunk.given)
 
 
-def most_tokens(request: Request, room: int) -> int:
-    """How many of its next tokens it may compute in a step with room to score so many."""
-    most = request.num_uncomputed
-    return min(most, max(request.num_reusable - request.num_computed, 0) + room) if request.given else most
+def most_tokens(request: Request, length: int, planned: Iterable[Chunk]) -> int:
+    """How many of its next `length` tokens a step may compute beside those chunks."""
+    return min(length, max(request.num_reusable - request.num_computed, 0) + room_to_score(planned))
 
 
 def collect(request: Request, chunk: Chunk, sampled: tuple[SampledToken, ...]) -> tuple[SampledToken, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -20,7 +22,9 @@ from pagestream.server.metrics import Metrics, ServerState
 
 log = logging.getLogger(__name__)
 
-_IDLE_SECONDS = 10  # a client that sends nothing must not hold a thread for ever
+_HEAD_SECONDS = 10.0  # a client that sends nothing, or a byte now and then, must not hold a thread for ever
+_MAX_HEAD_BYTES = 16 * 2**10
+_MAX_CONNECTIONS = 64  # each has a thread
 _ONLY_OURSELVES = (
     "default-src 'none'; connect-src 'self'; img-src data:; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
 )
@@ -89,6 +93,22 @@ def _respond(start_response: StartResponse, status: str, text: str, media_type: 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
+    def __init__(self, *settings: Any) -> None:
+        self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
+        super().__init__(*settings)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's signature
         """A client that hangs up or stays silent is no event worth a traceback on stderr."""
         log.debug("a request from %s was cut off: %r", client_address, sys.exc_info()[1])
@@ -99,7 +119,22 @@ class _ServerV6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = _IDLE_SECONDS
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BytesIO(_read_head(self.connection))
+        self.connection.settimeout(_HEAD_SECONDS)  # for each piece of the answer
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         log.debug(format, *args)
+
+
+def _read_head(connection: socket.socket) -> bytes:
+    """A request up to its empty line: no path here takes a body. Raises OSError if it is too long or slow."""
+    head, until = b"", time.monotonic() + _HEAD_SECONDS
+    while b"\r\n\r\n" not in head and b"\n\n" not in head:
+        connection.settimeout(max(until - time.monotonic(), 0.001))
+        received = connection.recv(4096)
+        head += received
+        if not received or len(head) > _MAX_HEAD_BYTES:
+            raise ConnectionError("no whole request came")
+    return head

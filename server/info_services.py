@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from pagestream.server import status
+from pagestream.server import status, validate
 from pagestream.server.errors import InvalidFieldError, RequestError
 from pagestream.server.prepare import render_chat
 from pagestream.server.served import ModelSlot, ServedModel
@@ -32,6 +32,7 @@ class TokenizerService(TokenizerServiceServicer):
         self, request: tokenizer_pb2.EncodeRequest, context: Context
     ) -> tokenizer_pb2.EncodeResponse:
         def encode(model: ServedModel) -> tokenizer_pb2.EncodeResponse:
+            validate.check_text("text", request.text, model.max_context)
             special = request.special_tokens if request.HasField("special_tokens") else True
             ids = model.tokenizer.encode(request.text, add_special_tokens=special)
             return tokenizer_pb2.EncodeResponse(token_ids=ids)
@@ -58,6 +59,7 @@ class TokenizerService(TokenizerServiceServicer):
                 raise InvalidFieldError("chat.messages", "must not be empty")
             prompt = request.generation_prompt if request.HasField("generation_prompt") else True
             text = render_chat(request.chat, model, add_generation_prompt=prompt)
+            validate.check_text("chat.messages", text, model.max_context)
             ids = model.tokenizer.encode(text, add_special_tokens=False)
             return tokenizer_pb2.ApplyTemplateResponse(text=text, token_ids=ids)
 

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from pagestream.server import scoring, status, translate, validate
+from pagestream.server.call import current_call
 from pagestream.server.errors import RequestError
 from pagestream.server.job import Job
 from pagestream.server.metrics import Metrics
@@ -113,6 +114,7 @@ class InsightService(InsightServiceServicer):
                     deadline=None if remaining is None else received + remaining,
                 )
                 mailbox = scoring.submit(jobs, model.engine, self._streams)
+                current_call().jobs = jobs
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise

@@ -2,8 +2,9 @@
 
 What cannot be is an event at once. What can be is compared with the model's own past, by context and layer group: the
 logarithm of the sink's mass and the entropy, each in deviations from a mean that forgets slowly. Nothing is said before
-a cell has rows of several requests, and a row that is far off moves the mean only as far as a row at the limit does, so
-that neither damage nor one odd text becomes the norm. An event is counted and logged, never a failure of the request.
+a cell has rows of several requests, and a row that is far off moves the mean only as far as one at half the limit does,
+so that neither damage nor one odd text soon becomes the norm. An event is counted and logged, never a failure of the
+request.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class _Normal:
     def add(self, value: float) -> None:
         self.rows += 1
         if self.rows > MIN_ROWS:
-            reach = LIMIT * max(math.sqrt(self._variance), self._least)
+            reach = LIMIT / 2 * max(math.sqrt(self._variance), self._least)
             value = min(max(value, self.mean - reach), self.mean + reach)
         weight = 1 / min(self.rows, _MEMORY)
         difference = value - self.mean

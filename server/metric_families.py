@@ -49,7 +49,11 @@ REJECTION_REASONS = (  # those of errors.py, in lower case
     "unknown_model",
     "no_chat_template",
     "duplicate_request_id",
+    "aborted",
     "engine_fault",
+    "unauthenticated",
+    "key_limit",
+    "key_busy",
 )
 
 PHASES = get_args(Phase)

@@ -7,8 +7,9 @@ for. The tree knows no owners: block_pool.py does.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,30 @@ class CachedPrefix:
     num_copyable: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class FullPage:
+    """A full page of the tree, as those who watch it see it."""
+
+    number: int  # unique for the tree's life, unlike a block id
+    parent: int | None  # the number of the page before it
+    tokens: tuple[int, ...]
+
+
+class Watcher(Protocol):
+    """Is told of full pages as they come and go."""
+
+    def stored(self, salt: str, page: FullPage) -> None: ...
+
+    def removed(self, salt: str, number: int) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class _Page:
     tokens: tuple[int, ...]  # fewer than fill a page only where none follows
     block_id: int
     parent: _Page | None
+    salt: str
+    number: int = 0
     children: list[_Page] = field(default_factory=list)  # sorted by tokens
 
 
@@ -40,6 +60,8 @@ class PrefixTree:
         self._block_size = block_size
         self._roots: dict[str, _Page] = {}
         self._pages: dict[int, _Page] = {}  # by block id
+        self._last_number = 0
+        self.watcher: Watcher | None = None
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._pages
@@ -67,13 +89,25 @@ class PrefixTree:
         """
         if block_id in self._pages:
             self._detach(self._pages.pop(block_id))
-        parent = self._roots.setdefault(salt, _Page((), -1, None)) if before is None else self._pages[before]
+        parent = self._roots.setdefault(salt, _Page((), -1, None, salt)) if before is None else self._pages[before]
         nearest, common = _nearest(parent.children, tokens)
         if nearest is not None and common == len(tokens):
             return nearest.block_id
-        page = self._pages[block_id] = _Page(tokens, block_id, parent)
+        self._last_number += 1
+        page = self._pages[block_id] = _Page(tokens, block_id, parent, salt, self._last_number)
         parent.children.insert(_place(parent.children, tokens), page)
+        if self.watcher is not None and len(tokens) == self._block_size:
+            self.watcher.stored(salt, _seen(page))
         return block_id
+
+    def full_pages(self, salt: str) -> Iterator[FullPage]:
+        """All that are kept under one salt, each after the one before it."""
+        left = list(self._roots[salt].children) if salt in self._roots else []
+        while left:
+            page = left.pop()
+            if len(page.tokens) == self._block_size:
+                yield _seen(page)
+            left += page.children
 
     def remove(self, block_id: int) -> None:
         """Raises RuntimeError if pages follow it."""
@@ -81,6 +115,8 @@ class PrefixTree:
         if page.children:
             raise RuntimeError(f"block {block_id} is removed before {len(page.children)} pages that follow it")
         self._detach(page)
+        if self.watcher is not None and len(page.tokens) == self._block_size:
+            self.watcher.removed(page.salt, page.number)
         if page.parent is not None and page.parent.parent is None and not page.parent.children:
             self._roots = {salt: root for salt, root in self._roots.items() if root.children}
 
@@ -88,6 +124,11 @@ class PrefixTree:
     def _detach(page: _Page) -> None:
         if page.parent is not None:
             del page.parent.children[_place(page.parent.children, page.tokens)]
+
+
+def _seen(page: _Page) -> FullPage:
+    before = page.parent.number if page.parent is not None and page.parent.parent is not None else None
+    return FullPage(page.number, before, page.tokens)
 
 
 def _place(pages: list[_Page], tokens: tuple[int, ...]) -> int:

@@ -11,6 +11,7 @@ from functools import partial
 from pagestream.model.chat_template import TemplateError
 from pagestream.model.text_stream import TextStream
 from pagestream.server import validate
+from pagestream.server.call import current_call
 from pagestream.server.errors import (
     InvalidFieldError,
     NoChatTemplateError,
@@ -34,8 +35,8 @@ async def prepare(
     tokenizing: Executor,
     metrics: Metrics,
 ) -> list[Job]:
-    """A job for each answer. Raises the refusals that need no queue: a bad field, a prompt too long for the model or
-    for the pool."""
+    """A job for each answer. Raises the refusals that need no queue: a bad field, a prompt too long for the model,
+    for the pool or for the caller's key."""
     tokenizer = model.tokenizer
     validate.check_prompt(message, model.vocab_size)
     stop = validate.stop_rules(message.stop, tokenizer.eos_token_ids, model.vocab_size)
@@ -50,7 +51,8 @@ async def prepare(
     check_fits(len(prompt), model)
     validate.check_spans("stats.spans", stats.spans, len(prompt))
     room = min(model.max_context, model.kv_capacity_tokens) - len(prompt)
-    wanted = stop.max_tokens if stop.max_tokens is not None else room + 1
+    longest = current_call().key.answer_tokens(stop.max_tokens)
+    wanted = longest if longest is not None else room + 1
     text = partial(
         TextStream,
         tokenizer,
@@ -97,21 +99,24 @@ async def read_prompt(
 
 
 def check_fits(num_tokens: int, model: ServedModel) -> None:
-    """Whether so many can be read and one more be chosen. Raises PromptExceedsModelContextError or
-    PromptExceedsKvCapacityError."""
+    """Whether so many can be read and one more be chosen. Raises PromptExceedsModelContextError,
+    PromptExceedsKvCapacityError or KeyLimitError."""
     if num_tokens >= model.max_context:
         raise PromptExceedsModelContextError(num_tokens, model.max_context)
     if num_tokens >= model.kv_capacity_tokens:
         raise PromptExceedsKvCapacityError(num_tokens, model.kv_capacity_tokens)
+    current_call().key.check_prompt(num_tokens)
 
 
 def _tokenize(message: validate.PromptMessage, model: ServedModel) -> list[int]:
     if message.WhichOneof("prompt") == "text":
+        validate.check_text("text", message.text, model.max_context)
         prompt = model.tokenizer.encode(message.text, add_special_tokens=True)
         if not prompt:
             raise InvalidFieldError("text", "has no tokens")
         return prompt
     text = render_chat(message.chat, model, add_generation_prompt=True)
+    validate.check_text("chat.messages", text, model.max_context)
     return model.tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself
 
 

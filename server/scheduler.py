@@ -249,11 +249,12 @@ class Scheduler:
         """
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
-        room = given.room_to_score(planned.values())
-        if request.given and not room:  # those before it have all of it, in this step
+        if request.given and not given.room_to_score(planned.values()):  # those before it have it all, in this step
             return
         request_blocks.take_cached(self._pool, request, length)
-        length = min(length, given.most_tokens(request, room))
+        length = min(length, request.num_uncomputed)
+        if request.given:
+            length = given.most_tokens(request, length, planned.values())
         missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)
         while missing > self._pool.num_available:
             if self._preempt_youngest() is request:
@@ -289,7 +290,8 @@ class Scheduler:
         request.num_computed = 0
 
     def _advance(self, request: Request, chunk: Chunk, sampled: tuple[SampledToken, ...]) -> Advance:
-        if bool(chunk.sampled_positions) != bool(sampled) or len(sampled) > len(chunk.sampled_positions):
+        most = len(chunk.sampled_positions)
+        if bool(most) != bool(sampled) or len(sampled) > most:
             raise ValueError(f"the result for request {request.request_id} does not answer its chunk")
         if chunk.given:
             sampled = given.collect(request, chunk, sampled)

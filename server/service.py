@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from pagestream.server import status, translate
+from pagestream.server.call import current_call
 from pagestream.server.errors import RequestError
 from pagestream.server.events import Delta, Event, Failed, Finished, Progress
 from pagestream.server.metrics import Metrics
@@ -40,7 +41,7 @@ class GenerationService(GenerationServiceServicer):
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         try:
-            async for event in self._events(request, context):
+            async for event in self.events(request, context):
                 yield _response(event, request.output)
         except RequestError as error:
             await status.abort(context, error)
@@ -52,7 +53,7 @@ class GenerationService(GenerationServiceServicer):
         finished: dict[int, Finished] = {}
         response = pb.GenerateResponse()
         try:
-            async for event in self._events(request, context):
+            async for event in self.events(request, context):
                 match event:
                     case pb.Accepted():
                         response.accepted.CopyFrom(event)
@@ -71,7 +72,7 @@ class GenerationService(GenerationServiceServicer):
             answer.finished.CopyFrom(translate.finished(end))
         return response
 
-    async def _events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
+    async def events(self, request: GenerateMessage, context: Context) -> AsyncIterator[pb.Accepted | Event]:
         """Accepted, then what the engine says. Raises RequestError. However the call ends, the engine lets go."""
         received = time.monotonic()
         try:
@@ -87,6 +88,7 @@ class GenerationService(GenerationServiceServicer):
                     request, answers, model, tenant, received, deadline, self._tokenizing, self._metrics
                 )
                 queue_position = engine.inbox.submit(*jobs)
+            current_call().jobs = jobs
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             raise
@@ -112,11 +114,14 @@ class GenerationService(GenerationServiceServicer):
 
 
 def tenant_of(context: Context) -> str:
-    """A digest of what the client calls itself, since the name itself is of no use and of no concern here."""
-    for key, value in context.invocation_metadata() or ():
-        if key == TENANT_KEY:
-            return hashlib.blake2b(str(value).encode(), digest_size=8).hexdigest()
-    return ""
+    """A digest of the tenant of the caller's key or, where that has none, of what the client calls itself, which says
+    nothing beyond its own key; the name itself is of no use and of no concern here.
+    """
+    key, said = current_call().key, dict(context.invocation_metadata() or ()).get(TENANT_KEY, "")
+    if key.tenant is None and not key.name and not said:
+        return ""
+    name = ("tenant", key.tenant) if key.tenant is not None else ("client", key.name, str(said))
+    return hashlib.blake2b(repr(name).encode(), digest_size=8).hexdigest()
 
 
 def _response(event: pb.Accepted | Event, output: pb.OutputConfig) -> pb.GenerateStreamResponse:

@@ -10,6 +10,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from pagestream.server.call import current_call
 from pagestream.server.errors import InvalidFieldError, RequestError
 from pagestream.v1.generation_pb2 import Usage
 
@@ -44,6 +45,7 @@ def to_status(error: RequestError) -> status_pb2.Status:
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: RequestError) -> NoReturn:
     """Ends the call with the error's status; does not return."""
+    current_call().error = error
     metadata = ((_DETAILS_KEY, to_status(error).SerializeToString()),)
     await context.abort(grpc.StatusCode[error.status], str(error), trailing_metadata=metadata)
     raise AssertionError("abort raises")

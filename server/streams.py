@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+from pagestream.server.errors import AbortedError
 from pagestream.server.events import Delta, Event, Failed, Finished, Progress
 from pagestream.server.job import Job, Publication
 
@@ -84,6 +85,17 @@ class Streams:
             self._mailboxes.pop(job, None)
         if not self._mailboxes:
             self._empty.set()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Of all calls that are open."""
+        return list(self._mailboxes)
+
+    def abort(self, request_id: str) -> None:
+        """Ends the call of a live request as CANCELLED, which frees what it holds; nothing if there is none."""
+        for job, mailbox in self._mailboxes.items():
+            if job.request.request_id == request_id:
+                mailbox.put(Failed(AbortedError(f"request {request_id} was aborted")))
 
     async def all_closed(self) -> None:
         """Returns when no request has a mailbox."""

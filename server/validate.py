@@ -30,6 +30,8 @@ MAX_REQUEST_ID_BYTES = 128
 MAX_ATTENTION_EVERY = 4096
 MAX_SPANS = 64
 MAX_SPAN_NAME = 64  # characters
+_TEXT_BYTES_PER_TOKEN = 128  # more than the longest tokens there are; text has 4
+_LEAST_TEXT_BYTES = 8 * 2**20  # is always tokenised, to tell how many tokens it has
 
 _PRIORITIES = {
     pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
@@ -118,6 +120,13 @@ def check_prompt(request: PromptMessage, vocab_size: int) -> None:
             for index, message in enumerate(request.chat.messages):
                 if not message.role:
                     raise InvalidFieldError(f"chat.messages[{index}].role", "must not be empty")
+
+
+def check_text(field: str, text: str, max_context: int) -> None:
+    """Raises InvalidFieldError for a text so long that tokenising it, seconds a MB, can only end in a refusal."""
+    most = max(_LEAST_TEXT_BYTES, _TEXT_BYTES_PER_TOKEN * max_context)
+    if len(text.encode()) > most:
+        raise InvalidFieldError(field, f"must have at most {most} bytes")
 
 
 def num_answers(request: GenerateMessage) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -9,10 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pagestream.v1 import generation_pb2 as pb
+from tests.support.certificates import make_pair
 from tests.support.client import NOT_SERVING, SERVING, refused
 from tests.support.process import ServerProcess
 
+PAGESTREAM = (sys.executable, "-m", "pagestream.server")
 Serve = Callable[..., ServerProcess]
 ONE_THREAD = ("--threads", "1")  # where other work runs beside it, threads that wait for each other are slow
 CHAT = pb.Chat(messages=[pb.ChatMessage(role="user", content="The quick brown fox?")])
@@ -109,3 +114,34 @@ def test_a_port_that_is_taken_is_said_once(serve: Serve, tiny_model_path: Path) 
     assert run.returncode == 1
     expected = f"pagestream: the gRPC port 127.0.0.1:{port} cannot be opened; is another server running?"
     assert run.stderr.splitlines() == [expected]
+
+
+def test_a_locked_server_serves_who_may_and_drains_by_its_admin_socket(
+    serve: Serve, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything of its security at once, with spans that nobody receives."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    authority = make_pair(tmp_path, "authority")
+    own = make_pair(tmp_path, "own", authority)
+    made = subprocess.run([*PAGESTREAM, "token", "me"], capture_output=True, text=True, check=True)
+    (tmp_path / "keys.toml").write_text(made.stdout)
+    socket_path = tmp_path / "admin.sock"
+    server = serve(
+        tiny_model_path, *ONE_THREAD, "--tls-cert", str(own.cert), "--tls-key", str(own.key),
+        "--keys-file", str(tmp_path / "keys.toml"), "--admin-socket", str(socket_path), "--log-format", "json",
+    )  # fmt: skip
+    command = [*PAGESTREAM, "generate", "x", "--max-tokens", "2", "--address", server.address]
+    command += ["--tls-ca", str(authority.cert)]
+    strange = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (strange.returncode, "UNAUTHENTICATED" in strange.stderr) == (1, True)
+    known = subprocess.run([*command, "--token", made.stderr.strip()], capture_output=True, text=True, check=True)
+    assert "2 answer tokens" in known.stderr
+    admin = [*PAGESTREAM, "admin", "--socket", str(socket_path)]
+    state = subprocess.run([*admin, "state"], capture_output=True, text=True, check=True)
+    assert json.loads(state.stdout)["state"] == "ready"
+    subprocess.run([*admin, "drain"], check=True)
+    assert server.wait_for_exit(60) == 0
+    assert not socket_path.exists()
+    calls = [json.loads(line) for line in server.log if "pagestream.request" in line]
+    assert [(call["status"], call.get("key")) for call in calls] == [("UNAUTHENTICATED", None), ("OK", "me")]
+    assert made.stderr.strip() not in "".join(server.log)

@@ -100,10 +100,9 @@ void Observer::keep(AttentionParams& p) const {
 }
 
 void Observer::observe(const AttentionKernel& kernel, const AttentionParams& p, int64_t layer, int64_t threads) const {
-  constexpr int64_t kWeightsAtOnce = 1 << 14;  // some microseconds, four times as many with pages or spans
-  const int64_t at_once = kWeightsAtOnce / (o_.num_page_rows > 0 ? 4 : 1);
+  constexpr int64_t kWeightsAtOnce = 1 << 14;  // some microseconds
   const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, group = heads / kv_heads;
-  parallel_for(o_.num_rows * kv_heads, at_once / (group * weight_stride_) + 1, threads,
+  parallel_for(o_.num_rows * kv_heads, kWeightsAtOnce / (group * weight_stride_) + 1, threads,
                [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t i = unit / kv_heads, kv_head = unit % kv_heads, head = kv_head * group;

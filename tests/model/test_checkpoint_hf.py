@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,13 @@ def test_missing_shard_and_missing_tensor_are_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_pickled_weights_are_never_opened(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pytorch_model.bin.*never read.*save_pretrained"):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_never_opened(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(ModelError, match=rf"{re.escape(name)}.*never read.*save_pretrained"):
         open_checkpoint(folder)
+    with pytest.raises(ModelError, match=r"or a \.gguf file; .* is neither"):
+        open_checkpoint(folder / name)
 
 
 def test_anything_else_says_what_a_model_is(tmp_path: Path) -> None:

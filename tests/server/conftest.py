@@ -40,8 +40,8 @@ def make_service(make_metrics: Callable[..., Metrics]) -> Iterator[Callable[...,
     """Opens services around a chat template and an engine with these settings."""
     services: list[Service] = []
 
-    def make(template: str | None = CHAT_TEMPLATE, **settings: Any) -> Service:
-        services.append(Service(make_metrics(), ByteTokenizer(template), **settings))
+    def make(template: str | None = CHAT_TEMPLATE, tokenizer: ByteTokenizer | None = None, **settings: Any) -> Service:
+        services.append(Service(make_metrics(), tokenizer or ByteTokenizer(template), **settings))
         return services[-1]
 
     yield make

@@ -205,6 +205,7 @@ def test_an_engine_that_is_gone_is_not_ready(run_app: RunApp) -> None:
                 client.stream(text="x")
         assert next(watching) == NOT_SERVING
         assert live.http("/healthz") == (503, "failed")
+        wait_until(lambda: client.health("liveness") == NOT_SERVING, "whoever started it knows that it must go")
         with refused("INTERNAL", "ENGINE_FAULT"):
             client.stream(text="x")
         client.close()

@@ -112,7 +112,7 @@ def test_pull_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stderr) == (3, "pagestream: no network\n")
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "chat", "pull"])
+@pytest.mark.parametrize("command", ["serve", "generate", "chat", "pull", "health"])
 def test_help_shows_an_example_and_the_exit_codes(command: str) -> None:
     text = run(command, "--help").stdout
     assert re.search(rf"Examples?:.*pagestream {command}", text, re.DOTALL)

@@ -41,10 +41,21 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
         "slow_reader_seconds": 1.5, "drain_seconds": 0.5, "cache_dir": "/c", "prefix_cache": False,
         "speculation": False, "deterministic": True, "slo_ttft_ms": 900.0, "slo_itl_ms": 50.0, "slo_e2e_s": 9.0,
         "attention_every": 5, "canary_interval": 30.0,
+        "tls_cert": "/s/tls.pem", "tls_key": "/s/tls.key",
+        "tls_client_ca": "/s/ca.pem", "keys_file": "/s/keys.toml", "admin_socket": "/s/admin", "log_format": "json",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(ServerConfig)}
     file = write(tmp_path, "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
-    assert load_config(file, {}) == ServerConfig(**values | {"cache_dir": Path("/c")})  # type: ignore[arg-type]
+    paths = ("cache_dir", "tls_cert", "tls_key", "tls_client_ca", "keys_file", "admin_socket")
+    expected = ServerConfig(**values | {name: Path(str(values[name])) for name in paths})  # type: ignore[arg-type]
+    assert load_config(file, {}) == expected
+
+
+def test_half_of_a_tls_setting_is_refused() -> None:
+    with pytest.raises(ValueError, match="go together"):
+        ServerConfig(tls_key=Path("k"))
+    with pytest.raises(ValueError, match="needs tls_cert"):
+        ServerConfig(tls_client_ca=Path("c"))
 
 
 @pytest.mark.parametrize(

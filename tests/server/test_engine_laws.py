@@ -31,7 +31,7 @@ from pagestream.server.pace import Pace
 from pagestream.server.prompt_lookup import MAX_PROPOSED
 from pagestream.server.request import FinishReason, Priority
 from pagestream.server.scheduler import Scheduler
-from tests.support.fakes import EchoRunner, FakeClock, make_answers
+from tests.support.fakes import EchoRunner, FakeClock, make_answers, make_scored
 
 UNREAD, PATIENCE, QUEUE = 3, 30.0, 12
 ANSWERED = (
@@ -40,6 +40,7 @@ ANSWERED = (
     FinishReason.STOP_TOKEN,
     FinishReason.MAX_TOKENS,
     FinishReason.MAX_CONTEXT,
+    FinishReason.SCORED,
 )
 
 
@@ -92,7 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
         for job, event in publication:
             assert not self.terminal[job], "nothing comes after the end"
             assert not any(self.failed[other] for other in job.others), "nor after that of the call"
-            if isinstance(event, Delta):
+            if isinstance(event, Delta) and not job.request.given:
                 self.unread[job] += len(event.tokens)
                 assert self.unread[job] <= UNREAD + MAX_PROPOSED
             self.terminal[job] += isinstance(event, Finished | Failed)
@@ -148,6 +149,19 @@ class EngineMachine(RuleBasedStateMachine):
             with pytest.raises((DuplicateRequestError, QueueFullError)):
                 self.engine.inbox.submit(*jobs)
 
+    @rule(prompt=st.integers(1, 20), answer=st.integers(1, 6), internal=st.booleans(), bad=st.integers(0, 9))
+    def score(self, prompt: int, answer: int, internal: bool, bad: int) -> None:
+        job = make_scored(
+            str(len(self.jobs)), "xyz"[prompt % 3] * prompt, "y" * answer, self.clock(), internal=internal
+        )
+        try:
+            self.engine.inbox.submit(job)
+        except (DrainingError, QueueFullError):
+            return
+        self.jobs.append(job)
+        if not bad:
+            self.runner.bad.add(job.request.request_id)
+
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -201,6 +215,8 @@ class EngineMachine(RuleBasedStateMachine):
                 priority = chance.choice(tuple(Priority))
                 answers = chance.choice((1, 1, 2, 3))
                 self.submit(prompt, answer, deadline, patience, stops, chance.choice("ab"), priority, bad, answers)
+            if chance.random() < 0.1:
+                self.score(chance.randint(1, 20), chance.randint(1, 6), chance.random() < 0.5, chance.randint(0, 15))
             happen()
             self.runner.during = happen
             self.turn()
@@ -219,14 +235,15 @@ class EngineMachine(RuleBasedStateMachine):
         for job in self.jobs:
             reason = job.finish_reason
             assert reason is not None
-            if reason in ANSWERED or reason is FinishReason.CANCELLED:
+            gave_way = job.internal and reason is FinishReason.CANCELLED and self.failed[job]
+            if reason in ANSWERED or (reason is FinishReason.CANCELLED and not gave_way):
                 assert self.terminal[job] == (reason in ANSWERED)
             else:
                 assert sum(self.failed[one] for one in (job, *job.others)) == 1
-            assert reason is not FinishReason.CANCELLED or job in self.left
-            EngineMachine.ends[reason.value] += 1
+            assert reason is not FinishReason.CANCELLED or job in self.left or gave_way
+            EngineMachine.ends["gave way" if gave_way else reason.value] += 1
         counts = self.metrics.read().values["requests_finished_total"]
-        assert sum(counts.values()) == len(self.jobs), "each end is counted once"
+        assert sum(counts.values()) == sum(not job.internal for job in self.jobs), "each end is counted once"
 
 
 @pytest.mark.slow
@@ -253,5 +270,7 @@ def test_every_request_ends_once_whatever_happens() -> None:
         "slow_reader",
         "error",
         "shutdown",
+        "scored",
+        "gave way",
     )
     assert all(EngineMachine.ends[reason] >= 5 for reason in expected)

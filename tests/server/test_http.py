@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
 import socket
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -14,8 +16,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from pagestream.server import http
 from pagestream.server.http import HttpServer, start_http
 from pagestream.server.metrics import Metrics, ServerState
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -104,6 +108,57 @@ def test_a_silent_client_holds_up_nobody(server: HttpServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as silent:
         silent.sendall(b"GET /healthz")
         assert get(server, "/healthz")[0] == 503
+
+
+class _Drip:
+    """A connection that sends a byte each second of its own clock, and times out as sockets do."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._timeout = 0.0
+
+    def settimeout(self, seconds: float) -> None:
+        self._timeout = seconds
+
+    def recv(self, _size: int) -> bytes:
+        self.now += min(self._timeout, 1.0)
+        if self._timeout < 1.0:
+            raise TimeoutError
+        return b"G"
+
+
+def test_a_request_has_a_time_for_its_whole_head_not_for_each_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    drip = _Drip()
+    monkeypatch.setattr(http.time, "monotonic", lambda: drip.now)
+    with pytest.raises(TimeoutError):
+        http._read_head(drip)  # type: ignore[arg-type]  # all that is used of a socket
+    assert drip.now <= 11
+
+
+def test_an_endless_head_is_cut_off(server: HttpServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as endless:
+        endless.sendall(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 4000)
+        with contextlib.suppress(ConnectionResetError):
+            assert endless.recv(1) == b""
+
+
+def test_no_more_connections_than_there_are_places(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next is closed at once, and there is room again when one leaves."""
+    monkeypatch.setattr(http, "_MAX_CONNECTIONS", 3)
+    server = start_http(0, "127.0.0.1", metrics)
+    held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3)]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as late:
+        assert late.recv(1) == b""
+    for connection in held:
+        connection.close()
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError, HTTPException):
+            return get(server, "/healthz")[0] == 503
+        return False
+
+    wait_until(answers, "there is room again")
+    server.close()
 
 
 def test_nothing_is_printed(server: HttpServer, capfd: pytest.CaptureFixture[str]) -> None:

@@ -100,3 +100,11 @@ def test_watchers_of_health_hear_of_every_change(service: Service) -> None:
         service.run(service.listener.set_serving(serving=serving))
         assert next(heard) == (SERVING if serving else NOT_SERVING)
     assert service.client.health("liveness") == SERVING
+
+
+def test_metadata_has_a_limit_and_the_connection_lives(service: Service) -> None:
+    request = model_pb2.GetModelRequest()
+    with pytest.raises(grpc.RpcError) as error:
+        service.client.models.GetModel(request, timeout=WAIT, metadata=(("x", "y" * 20_000),))
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert service.client.models.GetModel(request, timeout=WAIT).model.name == "models/echo"

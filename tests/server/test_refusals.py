@@ -17,6 +17,7 @@ from tests.support.service import KV_CAPACITY, MAX_CONTEXT, Service, stop
 from tests.support.waiting import WAIT, wait_until
 
 MakeService = Callable[..., Service]
+_BAD = ("INVALID_ARGUMENT", "INVALID_FIELD")
 
 
 @pytest.mark.parametrize("method", ["stream", "generate"])
@@ -38,6 +39,13 @@ MakeService = Callable[..., Service]
         ({"text": "x", "queue_timeout": Duration()}, "INVALID_ARGUMENT", "INVALID_FIELD", ["queue_timeout"]),
         ({"text": "x", "priority": 9}, "INVALID_ARGUMENT", "INVALID_FIELD", ["priority"]),
         ({"text": "x", "n": 17}, "INVALID_ARGUMENT", "INVALID_FIELD", ["n"]),
+        ({"text": "x" * (8 * 2**20 + 1)}, "INVALID_ARGUMENT", "INVALID_FIELD", ["text"]),
+        ({"chat": {"messages": [{"role": "r", "content": "x" * 2**22}] * 2}}, *_BAD, ["chat.messages"]),
+        ({"text": "x", "request_id": "é" * 65}, *_BAD, ["request_id"]),
+        ({"text": "x", "stop": {"stop_strings": ["x"] * 17}}, *_BAD, ["stop.stop_strings"]),
+        ({"text": "x", "stop": {"stop_strings": ["é" * 257]}}, *_BAD, ["stop.stop_strings[0]"]),
+        ({"text": "x", "stop": {"stop_token_ids": [1] * 65}}, *_BAD, ["stop.stop_token_ids"]),
+        ({"text": "x", "sampling": {"logit_bias": dict.fromkeys(range(1025), 1.0)}}, *_BAD, ["sampling.logit_bias"]),
         ({"text": "x" * MAX_CONTEXT}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT", []),
         ({"text": "x" * KV_CAPACITY}, "INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY", []),
         ({"text": "x", "model": "models/other"}, "NOT_FOUND", "UNKNOWN_MODEL", []),

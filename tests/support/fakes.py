@@ -52,6 +52,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # noqa: ARG002 - it adds none
         return list(text.encode())
 
+    def to_json(self) -> str:
+        return "{}"
+
 
 class EchoRunner:
     """The n-th token of an answer is the n-th of the prompt, which begins again where it ends. A given token has
@@ -217,6 +220,13 @@ def make_job(
         progress_interval,
         stats=stats or StatsRequest(),
     )
+
+
+def make_scored(request_id: str, prompt: str, answer: str, received: float, *, internal: bool = False) -> Job:
+    """A job that scores a given answer."""
+    read, given = list((prompt + answer[:-1]).encode()), list(answer.encode())
+    request = Request(request_id, read, SamplingParams(logprobs=1), 1, given=given)
+    return Job(request, TextStream(ByteTokenizer()), received, internal=internal)
 
 
 def make_answers(request_id: str, count: int, **settings: Any) -> list[Job]:

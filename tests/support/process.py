@@ -24,7 +24,8 @@ class ServerProcess:
 
     def __init__(self, model: Path, *arguments: str) -> None:
         command = [sys.executable, "-m", "pagestream.server", "serve", str(model)]
-        command += ["--grpc-port", "0", "--http-port", "0", "--dtype", "fp32", "--device", "cpu", *arguments]
+        command += ["--grpc-port", "0", "--http-port", "0", "--dtype", "fp32", "--device", "cpu"]
+        command += ["--canary-interval", "0", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.log: list[str] = []
         self._said = threading.Condition()
@@ -91,6 +92,10 @@ class ServerProcess:
 
         wait_until(idle, "the server is idle")
         assert self.metric("kv_blocks", state="active") == 0 < self.metric("kv_blocks")
+
+    def resident_bytes(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
     def resources(self) -> tuple[int, int]:
         """How many files and threads it has open."""

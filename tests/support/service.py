@@ -43,9 +43,15 @@ def served(rig: Rig, tokenizer: ByteTokenizer) -> ServedModel:
 
 
 class Service:
-    """All services on a free port, in an event loop of their own thread."""
+    """All services on a free port, in an event loop of their own thread. `listening` is for the Listener."""
 
-    def __init__(self, metrics: Metrics, tokenizer: ByteTokenizer, **settings: Any) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tokenizer: ByteTokenizer,
+        listening: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         self.metrics = metrics
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
@@ -55,12 +61,12 @@ class Service:
         self.rig = Rig(metrics, publish=self.streams.publish, **settings)
         slot = ModelSlot()
         slot.fill(served(self.rig, tokenizer))
-        self.listener = self.run(self._listen(slot))
+        self.listener = self.run(self._listen(slot, listening or {}))
         self.address = f"127.0.0.1:{self.listener.port}"
         self.client = Client(self.address)
 
-    async def _listen(self, slot: ModelSlot) -> Listener:
-        listener = Listener("127.0.0.1", 0, slot, self.streams, self.tokenizing, self.metrics)
+    async def _listen(self, slot: ModelSlot, listening: dict[str, Any]) -> Listener:
+        listener = Listener("127.0.0.1", 0, slot, self.streams, self.tokenizing, self.metrics, **listening)
         await listener.start()
         return listener
 

@@ -147,7 +147,7 @@ def stop_reading(server: ServerProcess, rounds: int, seconds: float) -> dict[str
     server's memory before them, beside them and after. Log-probabilities make each token fill the connection sooner.
     """
     gaps: dict[str, list[float]] = {"alone": [], "beside": []}
-    memory = [_resident_bytes(server)]
+    memory = [server.resident_bytes()]
     peaks = []
     for _ in range(rounds):
         gaps["alone"] += _gaps(server, seconds)
@@ -164,11 +164,11 @@ def stop_reading(server: ServerProcess, rounds: int, seconds: float) -> dict[str
 
         wait_until(all_out, "none of them runs", 120)
         gaps["beside"] += _gaps(server, seconds)
-        peaks.append(_resident_bytes(server))
+        peaks.append(server.resident_bytes())
         for client in clients:
             client.close()
         server.wait_until_idle()
-        memory.append(_resident_bytes(server))
+        memory.append(server.resident_bytes())
     medians = {name: statistics.median(values) * 1e3 for name, values in gaps.items()}
     return {
         "readers": READERS,
@@ -199,11 +199,6 @@ def _ended_as_slow(server: ServerProcess) -> float:
     return server.metric("requests_finished_total", reason="slow_reader")
 
 
-def _resident_bytes(server: ServerProcess) -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return 1024 * int(status.partition("VmRSS:")[2].split()[0])
-
-
 def _megabytes(sizes: list[int]) -> list[float]:
     return [round(size / 2**20, 1) for size in sizes]
 
@@ -224,7 +219,7 @@ def soak(server: ServerProcess, *, events: int, seconds: float, rounds: int, see
     Storm(server.address, seed).run(10 * WORKERS, seconds)  # every thread and buffer there will be
     server.wait_until_idle()
     files, threads = server.resources()
-    memory = _resident_bytes(server)
+    memory = server.resident_bytes()
     storm = Storm(server.address, seed + 1)
     started = time.monotonic()
     storm.run(events, seconds)
@@ -240,7 +235,7 @@ def soak(server: ServerProcess, *, events: int, seconds: float, rounds: int, see
         "leaked_blocks": server.metric("kv_leaked_blocks"),
         "files": [files, after[0]],
         "threads": [threads, after[1]],
-        "resident_mb": _megabytes([memory, _resident_bytes(server)]),
+        "resident_mb": _megabytes([memory, server.resident_bytes()]),
         "preemptions": server.metric("preemptions_total"),
         "release": _release_p99(server),
     }

@@ -369,9 +369,9 @@ class LayerGroupStats(_message.Message):
     mean_log2_distance: _builtins.float
     """mean_log2_distance in octaves, without the first token."""
     entropy_head_min: _builtins.float
-    """entropy_head_min of any layer and head."""
+    """entropy_head_min of any layer and head in any observed row."""
     entropy_head_max: _builtins.float
-    """entropy_head_max of any layer and head."""
+    """entropy_head_max of any layer and head in any observed row."""
     def __init__(
         self,
         *,
@@ -411,7 +411,9 @@ class AttentionStructure(_message.Message):
     information.
     """
     coherence_heads: _builtins.float
-    """coherence_heads is 1 - Jensen-Shannon divergence between heads over its bound, without the sink, over block sizes."""
+    """coherence_heads is 1 - Jensen-Shannon divergence between heads over its bound, without the sink, over block sizes.
+    These four are unset where no context had two blocks.
+    """
     coherence_heads_null: _builtins.float
     """coherence_heads_null is the same with each head's blocks shifted in a circle: what independent heads score."""
     coherence_layers: _builtins.float
@@ -473,13 +475,13 @@ class SpanStats(_message.Message):
     mass: _builtins.float
     """mass on it, a mean over layers, heads and observed rows."""
     lift: _builtins.float
-    """lift is mass over what uniform attention would give."""
+    """lift is mass over what uniform attention would give; both are means over rows."""
     mass_without_sink: _builtins.float
     """mass_without_sink is its share of what is not on the first token."""
     contribution_share: _builtins.float
     """contribution_share of the heads' outputs, W <o_span, o> / |o|^2; may be negative; all spans and the rest sum to 1."""
     max_head_mass: _builtins.float
-    """max_head_mass of any layer and head."""
+    """max_head_mass of any layer and head in any observed row."""
     def __init__(
         self,
         *,

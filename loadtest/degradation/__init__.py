@@ -1,0 +1,1 @@
+"""The degradation card: what long prompts cost a served model in latency, attention and answers."""

@@ -1,0 +1,78 @@
+"""`pagestream loadtest degradation`: measures, writes, and compares with another card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.progress import track
+
+from pagestream.loadtest.degradation.card import FULL, PARTS, QUICK, disagreements, measure_card
+from pagestream.loadtest.degradation.page import write
+from pagestream.loadtest.degradation.server import Server
+
+CONFIDENCE = 0.95  # of every interval
+
+
+class DegradationError(ValueError):
+    """What was typed cannot be done; the message says why."""
+
+
+def draw_card(
+    target: str, metrics: str, folder: Path, only: Sequence[str] | None, against: Path | None, seed: int, *, quick: bool
+) -> bool:
+    """Whether it agrees with the other card, that is, no more numbers lie apart than 95 % intervals let; True without
+    one. Raises DegradationError and TargetError."""
+    console = Console()
+    parts = only or PARTS
+    if unknown := set(parts) - set(PARTS):
+        raise DegradationError(f"{', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    other = _read(against) if against else None
+    with Server(_address(target)) as server:
+        name = Path(server.model()["name"]).name
+        document = folder / f"{name}.json"
+        kept = _read(document) if only and document.exists() else {}
+        card = {**kept, **measure_card(server, parts, QUICK if quick else FULL, metrics, seed, _progress)}
+    if kept and kept["model"] != card["model"]:
+        raise DegradationError(f"{document} is of another model or setting: {kept['model']}")
+    for path in write(card, folder, name, json.dumps(card, indent=1) + "\n"):
+        console.print(path)
+    return other is None or _compare(console, other, {part: card[part] for part in parts})
+
+
+def _address(target: str) -> str:
+    parts = urlsplit(target)
+    if parts.scheme != "grpc" or not parts.port:
+        raise DegradationError(f"{target!r} is not grpc://HOST:PORT")
+    return f"{parts.hostname}:{parts.port}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DegradationError(f"{path} is no card: {error}") from error
+    if not isinstance(document, dict) or "model" not in document:
+        raise DegradationError(f"{path} is no card")
+    return document
+
+
+def _compare(console: Console, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    common, apart = disagreements(before, after)
+    if not common:
+        raise DegradationError("the other card has no number in common with this one")
+    console.print(f"{common - len(apart)} of {common} numbers agree within their 95 % intervals")
+    for each in apart:
+        console.print(
+            f"{each.where}: {each.before.value:.4g} ({each.before.lower:.4g} to {each.before.upper:.4g}) then, "
+            f"{each.after.value:.4g} ({each.after.lower:.4g} to {each.after.upper:.4g}) now"
+        )
+    return len(apart) <= (1 - CONFIDENCE) * common
+
+
+def _progress(items: Iterable[Any], total: int, name: str) -> Iterable[Any]:
+    return track(items, description=name, total=total, console=Console(stderr=True), transient=True)

@@ -1,0 +1,67 @@
+"""The card as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pagestream.loadtest.degradation.figures import card_figures, measured, overview
+from pagestream.loadtest.figure import inline_svg, styled
+
+_PAGE = Path(__file__).with_name("card.html.j2")
+
+
+def render(card: dict[str, Any]) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"seconds": _seconds, "tokens": _tokens, "percent": _percent, "nats": _nats}
+    with styled():
+        figures = {name: Markup(inline_svg(figure)) for name, figure in card_figures(card).items()}  # noqa: S704
+    return environment.from_string(_PAGE.read_text()).render(card=card, figures=figures, **card)
+
+
+def write(card: dict[str, Any], folder: Path, name: str, document: str) -> list[Path]:
+    """The page, the document, and, of a card with every part, a figure for a README."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.json", folder / f"{name}.html"]
+    paths[0].write_text(document)
+    paths[1].write_text(render(card))
+    if all(measured(card, part) for part in ("latency", "dilution", "quality")):
+        paths.append(folder / f"{name}.png")
+        with styled():
+            overview(card).savefig(paths[2], dpi=100)
+    return paths
+
+
+def _seconds(interval: dict[str, float]) -> str:
+    """With the unit that suits the value."""
+    unit, name = next(
+        (
+            (unit, name)
+            for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+            if interval["value"] >= unit
+        ),
+        (1e-12, "ps"),
+    )
+    value, lower, upper = (interval[side] / unit for side in ("value", "lower", "upper"))
+    return f"{value:.3g} {name} ({lower:.3g} to {upper:.3g})"
+
+
+def _tokens(interval: dict[str, float]) -> str:
+    value, lower, upper = (interval[side] for side in ("value", "lower", "upper"))
+    return f"{value:,.0f} tokens ({lower:,.0f} to {upper:,.0f})"
+
+
+def _percent(interval: dict[str, float]) -> str:
+    value, lower, upper = (interval[side] for side in ("value", "lower", "upper"))
+    return f"{value:.0%} ({lower:.0%} to {upper:.0%})"
+
+
+def _nats(interval: dict[str, float]) -> str:
+    value, lower, upper = (interval[side] for side in ("value", "lower", "upper"))
+    return f"{value:.2f} ({lower:.2f} to {upper:.2f})"

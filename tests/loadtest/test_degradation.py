@@ -1,0 +1,163 @@
+"""The card: fits that find what was planted, trials that ask what they say, a page and a document that stand alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pagestream.loadtest.degradation.card import Effort, disagreements, measure_card
+from pagestream.loadtest.degradation.fit import fit_cost, nonnegative_fit
+from pagestream.loadtest.degradation.page import write
+from pagestream.loadtest.degradation.quality import Outcome, effective_length
+from pagestream.loadtest.degradation.server import Server
+from pagestream.loadtest.degradation.tasks import (
+    DEPTHS,
+    Trial,
+    copy_trials,
+    key_value_trials,
+    passkey_trials,
+    perplexity_trials,
+)
+from tests.support.process import ServerProcess
+
+LENGTHS = [round(64 * 2 ** (step / 2)) for step in range(15)]  # to 8,192
+
+
+def timed(a: float, b: float, c: float, *, noise: float, seed: int) -> list[list[float]]:
+    random = np.random.default_rng(seed)
+    return [[(a + b * n + c * n * n) * random.lognormal(0, noise) for _ in range(5)] for n in LENGTHS]
+
+
+@given(a=st.floats(1e-3, 0.1), b=st.floats(1e-5, 1e-3), crossover=st.floats(2_000, 12_000))
+def test_planted_coefficients_are_found(a: float, b: float, crossover: float) -> None:
+    n = np.array(LENGTHS, float)
+    found = nonnegative_fit(np.stack([n**0, n, n**2], axis=1), a + b * n + b / crossover * n**2)
+    assert list(found) == pytest.approx([a, b, b / crossover], rel=1e-4)
+
+
+def test_a_square_that_is_there_is_claimed_with_its_crossover() -> None:
+    fit = fit_cost(LENGTHS, timed(0.02, 2e-4, 2e-4 / 6144, noise=0.001, seed=0), degree=2)
+    assert fit.quadratic
+    assert fit.crossover is not None
+    assert fit.crossover.value == pytest.approx(6144, rel=0.05)
+    assert fit.crossover.lower < 6144 < fit.crossover.upper
+    assert fit.worst_residual < 0.01
+
+
+def test_noise_widens_the_intervals_and_they_hold_the_truth() -> None:
+    held = {"a": 0, "b": 0, "c": 0}
+    for seed in range(4):
+        fit = fit_cost(LENGTHS, timed(0.02, 2e-4, 4e-8, noise=0.05, seed=seed), degree=2)
+        assert fit.quadratic
+        for name, truth in (("a", 0.02), ("b", 2e-4), ("c", 4e-8)):
+            interval = getattr(fit, name)
+            held[name] += interval.lower <= truth <= interval.upper
+    assert min(held.values()) >= 2  # of 4 at 95 %, less what medians of five repetitions hide
+
+
+def test_no_square_is_claimed_where_there_is_none() -> None:
+    claims = [fit_cost(LENGTHS, timed(0.02, 2e-4, 0.0, noise=0.05, seed=seed), degree=2).quadratic for seed in range(4)]
+    assert sum(claims) <= 1
+
+
+@given(st.lists(st.floats(1e-3, 100), min_size=5, max_size=12), st.integers(0, 99))
+def test_the_fit_is_optimal_among_nonnegative_ones(values: list[float], seed: int) -> None:
+    """The conditions of Karush, Kuhn and Tucker: no gradient where a coefficient is free, none that would pull it up
+    where it is held at 0."""
+    n = np.sort(np.random.default_rng(seed).uniform(1, 10, len(values)))
+    design = np.stack([np.ones_like(n), n, n**2], axis=1)
+    solution = nonnegative_fit(design, np.array(values))
+    weighted = design / np.array(values)[:, None]
+    gradient = weighted.T @ (weighted @ solution - 1)
+    scale = np.abs(weighted).sum(0)
+    assert (solution >= 0).all()
+    assert (gradient >= -1e-6 * scale).all()
+    assert (np.abs(gradient[solution > 0]) <= 1e-6 * scale[solution > 0]).all()
+
+
+def outcomes(length: int, accuracies: list[float]) -> list[Outcome]:
+    return [Outcome(Trial(length, [], [], group), 0.0, value, value == 1) for group, value in enumerate(accuracies)]
+
+
+def test_effective_length_by_both_definitions() -> None:
+    """Own short score 0.6: 85 % of it is 0.51. A length that holds again after one that did not counts for nothing."""
+    by_length = {128: [0.6, 0.6], 256: [0.6, 0.6], 512: [0.55, 0.53], 1024: [0.4, 0.5], 2048: [0.9, 0.9]}
+    found = effective_length({length: outcomes(length, each) for length, each in by_length.items()}, "accuracy")
+    assert found.short_score == pytest.approx(0.6)
+    assert found.relative.value == 512
+    assert found.absolute.value == 0
+    assert (found.relative.lower, found.relative.upper) == (512, 512)
+
+
+class Letters:
+    """A tokenizer of one token for each character, in the place of a server."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(map(ord, text))
+
+
+def text_of(tokens: Iterable[int]) -> str:
+    return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize("length", [300, 2000])
+def test_lookups_ask_for_a_line_that_is_there_at_its_depth(length: int) -> None:
+    trials = list(key_value_trials(Letters(), length, 3, seed=1))  # type: ignore[arg-type]
+    assert [(trial.group, trial.depth) for trial in trials] == [(g, depth) for g in range(3) for depth in DEPTHS]
+    for trial in trials:
+        text, answer = text_of(trial.prompt), text_of(trial.answer)
+        assert length - 60 < len(trial.prompt + trial.answer) <= length + 20
+        lines = re.findall(r"^([a-z]+-\d{3}): (\d{5})$", text, re.MULTILINE)
+        asked = text.splitlines()[-1].removesuffix(": ")
+        assert text.endswith(" ")
+        assert dict(lines)[asked] == answer
+        assert [key for key, _ in lines].index(asked) == round((trial.depth or 0.0) * (len(lines) - 1))
+
+
+def test_passkeys_are_there_once() -> None:
+    for trial in passkey_trials(Letters(), 500, 2, seed=1):  # type: ignore[arg-type]
+        assert text_of(trial.prompt).count(text_of(trial.answer)) == 1
+        assert len(trial.prompt + trial.answer) == 500
+
+
+def test_copies_repeat_and_targets_of_paired_perplexity_are_the_same() -> None:
+    for trial in copy_trials(range(1000), 64, 3, seed=1):
+        both = trial.prompt + trial.answer
+        assert both[:32] == both[32:]
+        assert len(trial.answer) == 31
+    text = list(range(10_000))
+    pairs = list(perplexity_trials(text, (512, 1024, 4096), 5))
+    assert {trial.group for trial in pairs} == {0, 1}  # windows that do not overlap
+    for trial in pairs:
+        assert trial.prompt + trial.answer == text[trial.answer[-1] + 1 - trial.length : trial.answer[-1] + 1]
+        assert trial.answer == text[(trial.group + 1) * 4096 - 256 : (trial.group + 1) * 4096]
+
+
+def test_a_card_of_a_real_server_repeats_and_stands_alone(
+    serve: Callable[..., ServerProcess], default_model_path: Path, tmp_path: Path
+) -> None:
+    server = serve(default_model_path, "--dtype", "auto", "--kv-memory", "64MiB", "--no-speculation")
+    effort = Effort(longest=256, per_octave=1, repeats=2, texts=2, groups=2, passkey_groups=1)
+
+    def measure(parts: tuple[str, ...]) -> dict[str, Any]:
+        with Server(server.address) as connection:
+            return measure_card(connection, parts, effort, None, 0, lambda items, _total, _name: items)
+
+    card = measure(("latency", "dilution", "quality"))
+    document = json.dumps(card, allow_nan=False)
+    page = write(card, tmp_path, "card", document)[1].read_text()
+    assert "SmolLM2-135M-Instruct" in page
+    assert page.count("<svg") >= 2
+    assert not re.search(r"""(?:src|href)=["']?(?!#)""", page.replace("xlink:href", ""))
+    assert "not reported by this server" not in json.dumps(card["latency"])
+    common, apart = disagreements(json.loads(document), measure(("dilution", "quality")))
+    assert apart == []
+    assert common > 0 or "not_reported" in card["quality"]
