@@ -145,7 +145,7 @@ def test_a_card_of_a_real_server_repeats_and_stands_alone(
     serve: Callable[..., ServerProcess], default_model_path: Path, tmp_path: Path
 ) -> None:
     server = serve(default_model_path, "--dtype", "auto", "--kv-memory", "64MiB", "--no-speculation")
-    effort = Effort(longest=256, per_octave=1, repeats=2, texts=2, groups=2, passkey_groups=1)
+    effort = Effort(longest=512, per_octave=1, repeats=2, texts=2, groups=2, passkey_groups=1)
 
     def measure(parts: tuple[str, ...]) -> dict[str, Any]:
         with Server(server.address) as connection:

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagestream.loadtest.measures import collect
+from pagestream.loadtest.record import Record
 from pagestream.loadtest.scrape import Histogram, deltas
 from pagestream.loadtest.statistics import CTX, Z95, bootstrap, ctx_of, describe, mean_of, median_of, wilson
+from pagestream.loadtest.summary import agreement
 from pagestream.server.metric_families import CONTEXT_EDGES
 from pagestream.server.metric_families import CTX as SERVER_CTX
 
@@ -83,3 +86,20 @@ def test_only_what_grew_is_told() -> None:
     before = {("a_total", ()): 3.0, ("b_total", ()): 1.0, ("gauge", ()): 5.0}
     after = {("a_total", ()): 5.0, ("b_total", ()): 1.0, ("gauge", ()): 9.0, ("c_count", ()): 2.0}
     assert deltas(before, after) == {("a_total", ()): 2.0, ("c_count", ()): 2.0}
+
+
+@pytest.mark.parametrize(("shift", "within"), [(1.0, True), (1.1, True), (1.4, False)])
+def test_agreement_is_told_in_the_servers_buckets(shift: float, within: bool) -> None:
+    records = [
+        Record(number, 0, "", 100, 2, 0.0, 0.0, tokens=[1 + number / 100, 2.0], output_tokens=2, outcome="ok")
+        for number in range(100)
+    ]
+    edges = (0.5, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, math.inf)
+    server = Histogram.of([record.tokens[0] * shift for record in records], edges)
+    name = "pagestream_time_to_first_token_seconds_bucket"
+    series = {
+        (name, (("ctx", "256"), ("le", str(edge)))): count for edge, count in zip(edges, server.counts, strict=True)
+    }
+    median = next(row for row in agreement(collect(records), series) if row["quantile"] == "p50")
+    assert (median["client_count"], median["server_count"], median["within"]) == (100, 100, within)
+    assert median["client_exact"] == pytest.approx(1.495)
