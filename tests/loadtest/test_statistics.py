@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagestream.loadtest.measures import collect
@@ -27,6 +27,7 @@ def test_lengths_are_the_servers() -> None:
         assert (ctx_of(edge), ctx_of(edge + 1)) == (str(edge), CTX[CTX.index(str(edge)) + 1])
 
 
+@settings(deadline=None, max_examples=50)
 @given(SECONDS)
 def test_percentiles_lie_between_order_statistics(samples: list[float]) -> None:
     ordered, told = sorted(samples), describe(samples)
@@ -37,6 +38,7 @@ def test_percentiles_lie_between_order_statistics(samples: list[float]) -> None:
     assert (told["count"], told["max"]) == (len(samples), ordered[-1])
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_wilson_holds_the_shares_that_the_score_test_keeps(data: st.DataObject) -> None:
     trials = data.draw(st.integers(1, 200))
@@ -62,6 +64,7 @@ def test_bootstrap_against_every_resample_there_is(statistic: object) -> None:
     assert interval.upper == pytest.approx(np.quantile(values, 0.975), abs=0.25)
 
 
+@settings(deadline=None, max_examples=50)
 @given(SECONDS)
 def test_a_histogram_quantile_lies_in_the_bucket_of_the_sample(samples: list[float]) -> None:
     edges = (0.001, 0.01, 0.1, 1.0, 10.0, math.inf)
