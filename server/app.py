@@ -26,9 +26,10 @@ from pagestream.server.interceptor import Sink
 from pagestream.server.keys import KeyFile
 from pagestream.server.listener import Listener
 from pagestream.server.logs import log_call, set_up_logging
-from pagestream.server.metrics import Metrics, ServerState
+from pagestream.server.metrics import Metrics
 from pagestream.server.objectives import Objectives
 from pagestream.server.served import ModelSlot, ServedModel
+from pagestream.server.snapshot import ServerState
 from pagestream.server.streams import Streams
 from pagestream.server.tls import TlsFiles
 from pagestream.server.watchdog import Watchdog

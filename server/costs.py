@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from pagestream.model.step import StepPlan, StepResult
 from pagestream.server.block_pool import BlockPool
+from pagestream.server.contained import contained
 from pagestream.server.cost_model import Work, work_of
 from pagestream.server.forecast import Estimate, Forecast
 from pagestream.server.job import Job
 from pagestream.server.ledger import NANOSECONDS, Ledger, PromptChunk, Stalls, TokenOf
 from pagestream.server.metric_families import LabelValues, ctx_of
 from pagestream.server.metrics import Metrics
-from pagestream.server.pace import Pace
+from pagestream.server.pace import MIN_PROMPT_TOKENS, Pace
 from pagestream.server.scheduler import Advance, Scheduler
 
 SHORT_PROMPT = 32  # tokens, whose time to a first token is a metric
@@ -58,10 +60,12 @@ class Costs:
         self._unexported = 0  # steps
         self._export()
 
+    @contained((0.0, 0.0))
     def backlog(self) -> tuple[float, float]:
         """Seconds until what waits now is read, and seconds for each token that would wait, too."""
         return self._forecast.backlog(), self._forecast.seconds_per_token()
 
+    @contained(cast("int | None", MIN_PROMPT_TOKENS))
     def prompt_limit(self) -> int | None:
         """How many prompt tokens the next step may read; not worked out where there are none to read."""
         running = self._scheduler.running
@@ -72,11 +76,13 @@ class Costs:
     def estimate(self, prompt: Sequence[int], tenant: str) -> Estimate:
         return self._forecast.estimate(prompt, tenant, self._answer_tokens)
 
+    @contained(None)
     def predict(self, job: Job) -> None:
         """Before it is admitted: tells it when its first token will come, counted from its receipt."""
         if (first := self.estimate(job.request.tokens, job.request.tenant).first_token) is not None:
             job.predicted_first_token = self._clock() - job.received + first
 
+    @contained(None)
     def committed(
         self,
         plan: StepPlan,
@@ -106,6 +112,7 @@ class Costs:
             if advance.request.is_finished:
                 self._answer_tokens += (1 - _ANSWER_MEMORY) * (advance.request.num_output_tokens - self._answer_tokens)
 
+    @contained(None)
     def end_of_turn(self, seconds: float) -> None:
         """A turn of the engine took so long, waiting for work left out."""
         if self._step is None:

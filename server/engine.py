@@ -12,10 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
 
 from pagestream.model.sampling import NonFiniteLogitsError
-from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server.backpressure import Backpressure, ReaderLimits
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.cache_watch import CacheWatch
@@ -30,6 +28,7 @@ from pagestream.server.errors import (
     SlowReaderError,
 )
 from pagestream.server.events import Delta
+from pagestream.server.execution import Execution, Runner
 from pagestream.server.forecast import Estimate
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
@@ -41,14 +40,6 @@ from pagestream.server.request import FinishReason
 from pagestream.server.scheduler import Advance, Scheduler
 
 log = logging.getLogger(__name__)
-
-MAX_FAILED_STEPS = 3  # so many steps in a row in which every request fails mean that the device is gone
-
-
-class Runner(Protocol):
-    """What the engine needs of model.runner.Runner."""
-
-    def step(self, plan: StepPlan) -> StepResult: ...
 
 
 class Engine:
@@ -75,7 +66,6 @@ class Engine:
     ) -> None:
         self._pool = pool
         self._scheduler = scheduler
-        self._runner = runner
         self._metrics = metrics
         self._costs = Costs(pace, pool, scheduler, metrics, footprint, clock)
         self._observer = observer
@@ -86,10 +76,9 @@ class Engine:
         self.cache = CacheWatch(pool)
         self._backpressure = Backpressure(readers, scheduler, metrics, clock)
         self._jobs: dict[str, Job] = {}
+        self._execution = Execution(runner, self._jobs.__contains__, self._fail)
         self._deadlines: list[tuple[float, str]] = []  # heap, of both kinds of deadline
         self._publication: Publication = []
-        self._failed_steps = 0  # in a row, for which the device may be to blame
-        self._fruitless_steps = 0  # in a row, whoever is to blame
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -201,7 +190,7 @@ class Engine:
                 job.first_scheduled = started
         if not plan.chunks:
             return
-        result = self._execute(self._observer.ask(plan, self._jobs))
+        result = self._execution.run(self._observer.ask(plan, self._jobs))
         now = self.clock()
         advances = self._scheduler.commit(plan, result)
         self._costs.committed(plan, result, advances, self._jobs, started, now)
@@ -210,36 +199,11 @@ class Engine:
         num_accepted = sum(max(len(advance.sampled) - 1, 0) for advance in advances)
         self._metrics.observe_step(plan, now - started, num_accepted)
 
-    def _execute(self, plan: StepPlan) -> StepResult:
-        """Runs the step. If it fails, runs each chunk alone, so that only those at fault end in an error: a chunk may
-        run twice, because all it leaves behind are the keys and values of its own positions."""
-        try:
-            result = self._runner.step(plan)
-        except Exception as error:
-            log.exception("a step of %d requests failed; running each alone", len(plan.chunks))
-            result = StepResult(tuple(self._execute_alone(chunk) for chunk in plan.chunks))
-            device_ran = isinstance(error, NonFiniteLogitsError)  # a request's own prompt or settings may be at fault
-            every_one_failed = not any(chunk.request_id in self._jobs for chunk in plan.chunks)
-            self._failed_steps = self._failed_steps + 1 if every_one_failed and not device_ran else 0
-            self._fruitless_steps = self._fruitless_steps + 1 if every_one_failed else 0
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise
-            return result
-        self._failed_steps = self._fruitless_steps = 0
-        return result
-
-    def _execute_alone(self, chunk: Chunk) -> tuple[SampledToken, ...]:
-        if chunk.request_id not in self._jobs:  # another answer to its prompt has failed
-            return ()
-        try:
-            return self._runner.step(StepPlan((chunk.without_proposals(),))).sampled[0]
-        except Exception as cause:
-            log.exception("request %s failed", chunk.request_id)
-            if isinstance(cause, NonFiniteLogitsError):
-                self._observer.non_finite(chunk.request_id)
-            error = EngineFaultError(f"request {chunk.request_id} failed inside the engine")
-            self._end(self._jobs[chunk.request_id], FinishReason.ERROR, error)
-            return ()
+    def _fail(self, request_id: str, cause: Exception) -> None:
+        if isinstance(cause, NonFiniteLogitsError):
+            self._observer.non_finite(request_id)
+        error = EngineFaultError(f"request {request_id} failed inside the engine")
+        self._end(self._jobs[request_id], FinishReason.ERROR, error)
 
     def _advance(self, advances: Sequence[Advance], now: float) -> None:
         """Turns what a step did into events."""
@@ -299,7 +263,7 @@ class Engine:
             self._publish(publication)
         scheduler = self._scheduler
         self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, *self._costs.backlog())
-        report(self._metrics, scheduler, self._pool, self._jobs, self._fruitless_steps)
+        report(self._metrics, scheduler, self._pool, self._jobs, self._execution.fruitless_steps)
 
     def _shut_down(self, told: float) -> None:
         """Ends what is left."""

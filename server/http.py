@@ -18,7 +18,8 @@ from prometheus_client import make_wsgi_app
 
 from pagestream.server.collector import make_registry
 from pagestream.server.live import live_json, live_page
-from pagestream.server.metrics import Metrics, ServerState
+from pagestream.server.metrics import Metrics
+from pagestream.server.snapshot import ServerState
 
 log = logging.getLogger(__name__)
 

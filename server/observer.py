@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from pagestream.model.step import AttentionSummary, Chunk, OutputStats, StatsLevel, StepPlan, StepResult
 from pagestream.server.attention_metrics import AttentionMetrics
+from pagestream.server.contained import contained
 from pagestream.server.integrity import IntegrityMonitor
 from pagestream.server.job import Job
 from pagestream.server.metrics import Metrics
@@ -59,6 +60,7 @@ class Observer:
             output_stats=own > StatsLevel.OFF or job.record.wants_output,
         )
 
+    @contained(None)
     def take(self, plan: StepPlan, result: StepResult, advances: Sequence[Advance], jobs: Mapping[str, Job]) -> None:
         """What was observed of those that got on, before their tokens are told. A row of proposed tokens counts only if
         it was kept; attention is of the first row, which always is."""

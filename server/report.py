@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.job import Job
-from pagestream.server.metrics import EngineSnapshot, Metrics
+from pagestream.server.metrics import Metrics
 from pagestream.server.scheduler import Scheduler
+from pagestream.server.snapshot import EngineSnapshot
 
 
 def report(

@@ -11,8 +11,8 @@ from pagestream.model.step import SampledToken
 from pagestream.server.cache_watch import Changes
 from pagestream.server.errors import InvalidFieldError
 from pagestream.server.events import Finished
-from pagestream.server.metrics import EngineSnapshot
 from pagestream.server.request import FinishReason
+from pagestream.server.snapshot import EngineSnapshot
 from pagestream.v1 import generation_pb2 as pb
 
 _ENDED_BY_LENGTH = (FinishReason.MAX_TOKENS, FinishReason.MAX_CONTEXT)

@@ -30,9 +30,10 @@ from pagestream.server.cache_watch import Watch
 from pagestream.server.engine import Engine
 from pagestream.server.errors import LoadingError, RequestError
 from pagestream.server.events import Delta, Finished
-from pagestream.server.metrics import Metrics, ServerState
+from pagestream.server.metrics import Metrics
 from pagestream.server.served import ModelSlot, ServedModel
 from pagestream.server.service import GenerationService, tenant_of
+from pagestream.server.snapshot import ServerState
 from pagestream.server.streams import Streams
 from pagestream.v1 import generation_pb2 as pb
 

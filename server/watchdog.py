@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pagestream.server.metrics import EngineSnapshot
+from pagestream.server.snapshot import EngineSnapshot
 
 MAX_FRUITLESS_STEPS = 10  # so many in a row lose readiness
 

@@ -13,6 +13,13 @@ from tests.support.fakes import CHAT_TEMPLATE, ByteTokenizer
 from tests.support.service import Service
 
 
+@pytest.fixture(autouse=True)
+def nothing_contained(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A measurement that fails ends no request in a server, but it does end its test."""
+    yield
+    assert not [record for record in caplog.get_records("call") if record.name == "pagestream.server.contained"]
+
+
 @pytest.fixture(scope="session")
 def make_metrics() -> Callable[..., Metrics]:
     """Makes Metrics whose model is loaded."""

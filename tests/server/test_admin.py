@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from pagestream.server import __main__ as cli
 from pagestream.server.admin import AdminListener, AdminService
-from pagestream.server.metrics import ServerState
+from pagestream.server.snapshot import ServerState
 from tests.support.service import Service, stop
 
 

@@ -20,7 +20,7 @@ import pytest
 from pagestream.model.errors import ModelError
 from pagestream.server import app
 from pagestream.server.config import ServerConfig
-from pagestream.server.engine import MAX_FAILED_STEPS
+from pagestream.server.execution import MAX_FAILED_STEPS
 from pagestream.server.metrics import Metrics
 from pagestream.server.served import ServedModel
 from pagestream.v1 import generation_pb2, model_pb2

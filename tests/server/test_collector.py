@@ -27,9 +27,10 @@ from pagestream.server.collector import make_registry
 from pagestream.server.cost_model import TERMS
 from pagestream.server.events import Timings
 from pagestream.server.metric_families import CTX, FAMILIES, OBJECTIVES, PHASES, REJECTION_REASONS
-from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+from pagestream.server.metrics import Metrics
 from pagestream.server.probes import LENGTHS, Task
 from pagestream.server.request import FinishReason, Request
+from pagestream.server.snapshot import EngineSnapshot, ServerState
 from pagestream.v1 import generation_pb2, insight_pb2, model_pb2, tokenizer_pb2
 from tests.support.summaries import make_row, output_of
 

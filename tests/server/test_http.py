@@ -18,7 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from pagestream.server import http
 from pagestream.server.http import HttpServer, start_http
-from pagestream.server.metrics import Metrics, ServerState
+from pagestream.server.metrics import Metrics
+from pagestream.server.snapshot import ServerState
 from tests.support.waiting import wait_until
 
 

@@ -14,9 +14,10 @@ from pagestream.model.step import SamplingParams
 from pagestream.server.collector import make_registry
 from pagestream.server.events import Timings
 from pagestream.server.live import live_json
-from pagestream.server.metrics import EngineSnapshot, Metrics
+from pagestream.server.metrics import Metrics
 from pagestream.server.recent import MAX_RECENT
 from pagestream.server.request import FinishReason, Request
+from pagestream.server.snapshot import EngineSnapshot
 
 MakeMetrics = Callable[..., Metrics]
 

@@ -16,8 +16,9 @@ from pagestream.model.step import Chunk, SamplingParams, StepPlan
 from pagestream.server import errors
 from pagestream.server.collector import make_registry
 from pagestream.server.events import Timings
-from pagestream.server.metrics import EngineSnapshot, Metrics, ServerState
+from pagestream.server.metrics import Metrics
 from pagestream.server.request import FinishReason, Request
+from pagestream.server.snapshot import EngineSnapshot, ServerState
 
 MakeMetrics = Callable[..., Metrics]
 

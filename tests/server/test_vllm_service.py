@@ -16,8 +16,8 @@ from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
 
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.cache_watch import MAX_UNREAD, CacheWatch, Changes
-from pagestream.server.metrics import ServerState
 from pagestream.server.prefix_tree import FullPage
+from pagestream.server.snapshot import ServerState
 from pagestream.server.vllm_messages import generation
 from pagestream.v1 import generation_pb2 as pb
 from tests.support.client import refusal_of

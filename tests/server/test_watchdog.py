@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagestream.server.metrics import EngineSnapshot
+from pagestream.server.snapshot import EngineSnapshot
 from pagestream.server.watchdog import MAX_FRUITLESS_STEPS, Watchdog
 
 PATIENCE = 3.0
