@@ -28,6 +28,7 @@ class Network:
         self._rope = RotaryEmbedding(config, weights.norm.device)
         self._windows = config.windows
         self._decoder = native_decoder(config, weights)
+        self._workspaces: dict[int, torch.Tensor] = {}  # of attention, by window; without elements on a CPU
 
     @torch.inference_mode()
     def logits(self, batch: Batch, cache: KVCache, observation: Observation | None = None) -> torch.Tensor:
@@ -55,6 +56,7 @@ class Network:
         observer = None if observation is None else Observer(observation, *lengths)
         scale = self._config.head_dim**-0.5
         attended = hidden.new_empty(len(hidden), self._config.num_heads, self._config.head_dim)
+        self._plan_attention(batch, attended)
         for layer, caches, (key_scales, value_scales), window in zip(
             self._weights.layers, cache.layers, cache.layer_scales, self._windows, strict=True
         ):
@@ -68,6 +70,7 @@ class Network:
                 scale=scale,
                 window=window,
                 out=attended,
+                workspace=self._workspaces[window],
                 key_scales=key_scales,
                 value_scales=value_scales,
             )
@@ -85,6 +88,22 @@ class Network:
     def seconds(self) -> tuple[float, float] | None:
         """How long attention and products with weights have taken in all; None where nobody measures it."""
         return None if self._decoder is None else self._decoder.seconds()
+
+    def _plan_attention(self, batch: Batch, attended: torch.Tensor) -> None:
+        """Once for all layers of a window: on a GPU each would plan for itself."""
+        num_heads, num_kv_heads, head_size = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
+        for window in set(self._windows):
+            if window not in self._workspaces:
+                self._workspaces[window] = kernels.attention_workspace(attended)
+            kernels.plan_attention(
+                batch.query_starts,
+                batch.context_lengths,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_size=head_size,
+                window=window,
+                workspace=self._workspaces[window],
+            )
 
     def _project(
         self, layer: LayerWeights, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
