@@ -139,7 +139,7 @@ def test_a_rolling_restart_under_load_loses_nothing(
     tiny_model_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """smg tries a call that is refused as draining again elsewhere; answers that run end within the grace."""
+    """A call that is refused as draining is tried again elsewhere by smg; answers that run end within the grace."""
     with load_on(gateway) as load:
         for index, old in enumerate(gateway.workers):
             wait_until(lambda old=old: old.metric("running_requests") > 0, "it answers chats")
