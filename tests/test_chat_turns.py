@@ -20,7 +20,7 @@ def test_each_turn_of_a_chat_computes_what_is_new(
     messages: list[pb.ChatMessage] = []
     known = 0  # tokens of the conversation so far
     with closing(server.connect()) as client:
-        page_size = client.models.GetModel(model_pb2.GetModelRequest()).page_size
+        page_size = client.models.GetModel(model_pb2.GetModelRequest()).model.page_size
         for topic in TURNS:
             messages.append(pb.ChatMessage(role="user", content=f"Now tell me something about {topic}."))
             answer = client.stream(chat=pb.Chat(messages=messages), stop=pb.StopConfig(max_tokens=30))
