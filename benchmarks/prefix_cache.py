@@ -2,8 +2,9 @@
 
 1. A chat of ten turns: of each turn the prompt's tokens, those computed and the time to first token, beside a server
    without the cache.
-2. Rounds of prompts of random tokens, so 0 % hits, on a pool that they fill, so that pages are evicted: tokens per
-   second (prompts and answers) with the cache and without, in turns, both servers up all the time.
+2. Rounds of prompts of random tokens, so 0 % hits, on a pool that they have filled, so that pages are evicted: tokens
+   per second (prompts and answers) with the cache and without, in turns. Each round has servers of its own: two
+   processes of the same settings differ by several per cent for as long as they live.
 
 Method: servers in processes of their own on the default model, times as a client sees them. The last line is one JSON
 document.
@@ -22,12 +23,13 @@ from interference import connect, server, stream
 from record import read_bandwidth, save
 
 from pagestream.v1 import generation_pb2 as pb
-from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
 
 FLAGS = ("--canary-interval", "0")
-SMALL_POOL = ("--kv-memory", "96MB")  # 4,096 tokens: less than two rounds
+OFF = "--no-prefix-cache"
+SMALL_POOL = ("--kv-memory", "96MB")  # 4,096 tokens
 TURN = "Turn {}: tell me one more thing about rivers, mountains or the sea, and say in which book I find it."
 STREAMS, PROMPT_TOKENS, NEW_TOKENS = 8, 256, 32
+BATCHES = 2  # of so many streams
 
 
 async def chat(address: str, turns: int) -> list[dict[str, Any]]:
@@ -52,22 +54,26 @@ async def chat(address: str, turns: int) -> list[dict[str, Any]]:
     return result
 
 
-async def tokens_per_second(stub: GenerationServiceStub) -> float:
-    begun = time.perf_counter()
-    await asyncio.gather(*(stream(stub, PROMPT_TOKENS, NEW_TOKENS) for _ in range(STREAMS)))
-    return STREAMS * (PROMPT_TOKENS + NEW_TOKENS) / (time.perf_counter() - begun)
+async def tokens_per_second(address: str) -> float:
+    async with connect(address) as stub:
+
+        async def batch(prompt_tokens: int) -> None:
+            await asyncio.gather(*(stream(stub, prompt_tokens, NEW_TOKENS) for _ in range(STREAMS)))
+
+        await batch(2 * PROMPT_TOKENS)  # fills the pool
+        begun = time.perf_counter()
+        for _ in range(BATCHES):
+            await batch(PROMPT_TOKENS)
+        return BATCHES * STREAMS * (PROMPT_TOKENS + NEW_TOKENS) / (time.perf_counter() - begun)
 
 
-async def rounds_in_turns(cached: str, plain: str, rounds: int) -> dict[str, Any]:
-    async with connect(cached) as with_cache, connect(plain) as without:
-        stubs = {"with": with_cache, "without": without}
-        for stub in stubs.values():
-            for _ in range(2):  # fills the pool
-                await tokens_per_second(stub)
-        measured: dict[str, list[float]] = {name: [] for name in stubs}
-        for number in range(rounds):
-            for name in sorted(stubs, reverse=bool(number % 2)):  # neither always goes first
-                measured[name].append(await tokens_per_second(stubs[name]))
+def no_hits(rounds: int) -> dict[str, Any]:
+    settings: dict[str, tuple[str, ...]] = {"with": (), "without": (OFF,)}
+    measured: dict[str, list[float]] = {name: [] for name in settings}
+    for number in range(rounds):
+        for name in sorted(settings, reverse=bool(number % 2)):  # neither always goes first
+            with server("default", *FLAGS, *SMALL_POOL, *settings[name]) as address:
+                measured[name].append(asyncio.run(tokens_per_second(address)))
     ratios = [a / b for a, b in zip(measured["with"], measured["without"], strict=True)]
     return {"tokens_per_s": measured, "ratios": ratios, "median_ratio": statistics.median(ratios)}
 
@@ -79,14 +85,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     result: dict[str, Any] = {"read_bandwidth_gb_s": read_bandwidth() / 1e9}
-    off = "--no-prefix-cache"
-    with server("default", *FLAGS) as cached, server("default", *FLAGS, off) as plain:
+    with server("default", *FLAGS) as cached, server("default", *FLAGS, OFF) as plain:
         result["chat"] = {
             "with": asyncio.run(chat(cached, options.turns)),
             "without": asyncio.run(chat(plain, options.turns)),
         }
-    with server("default", *FLAGS, *SMALL_POOL) as cached, server("default", *FLAGS, *SMALL_POOL, off) as plain:
-        result["no_hits"] = asyncio.run(rounds_in_turns(cached, plain, options.rounds))
+    result["no_hits"] = no_hits(options.rounds)
     save("prefix_cache", result, options.out)
 
 
