@@ -23,17 +23,22 @@ from pagestream.model.step import Chunk
 Term = Literal["prefill_a", "prefill_b", "prefill_c", "decode_a", "decode_row", "decode_b"]
 Phase = Literal["prefill", "decode"]  # of a step: prefill if it reads any prompt
 TERMS: tuple[Term, ...] = get_args(Term)
+Array = npt.NDArray[np.float64]
 
 MIN_SAMPLES = 5  # steps of a phase before anything is said of it
 
 _MEMORY = 0.995  # weight of a step against the next of its phase: about the last two hundred count
 _RECENT = 0.95  # and in how fast the machine is just now
-_REFIT = 32  # steps after which the coefficients are solved for anew, if nothing needs them before
+_REFIT = 16  # steps after which the coefficients are solved for anew
 _SHORTEST = 1e-6  # seconds, below which no clock tells
 _SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
-_SCALES = np.array([1.0, 1e3, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1
+_SCALES = np.array([1.0, 1e2, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1
 _RIDGE = 1e-8  # weight of "costs nothing" against what was seen: decides only what that leaves open
 _NORMAL95 = 1.96
+
+# What is true where products with weights take most of the time, and decides what the steps leave open: a step that
+# reads a prompt costs as much before its first token as one that decodes, and 16 rows as much as 16 tokens of a prompt.
+_ASSUMED = np.array([[1.0, 0.0, 0.0, -1.0, 0.0, 0.0], [0.0, -16.0, 0.0, 0.0, 16.0, 0.0]]) / _SCALES
 
 
 class Work(NamedTuple):
@@ -142,9 +147,7 @@ class CostModel:
         return self._slowness * (per_token * work.tokens + per_square * work.squares)
 
     def coefficients(self) -> dict[Term, float]:
-        """As they are just now."""
-        if self._stale:
-            self._solve()
+        """As they are just now, from a few steps ago."""
         return {term: self._slowness * value for term, value in zip(TERMS, self._values, strict=True)}
 
     def observe(self, work: Work, longest: int, seconds: float) -> float | None:
@@ -171,12 +174,15 @@ class CostModel:
         apart have in common is one observation, not many. They hold the true cost at least 95 % of the time."""
         if self._stale:
             self._solve()
-        information, moments = self._system()
+        information, moments, assumed = self._system()
         inverse = np.linalg.inv(information)
-        spread = sum(memory.error_variance * _scaled(memory.sums[:-1]) for memory in self._memories.values())
-        variances = np.diag(inverse @ spread @ inverse)
-        widest = max(memory.error_variance for memory in self._memories.values()) * np.diag(inverse)
-        half = _NORMAL95 * np.sqrt(np.where(variances > 0, variances, widest)) / _SCALES  # rounding can make them < 0
+        variances = [memory.error_variance for memory in self._memories.values()]
+        spread = max(variances) * assumed
+        for memory, variance in zip(self._memories.values(), variances, strict=True):
+            spread = spread + variance * _scaled(memory.sums[:-1])
+        variance_of_each = np.diag(inverse @ spread @ inverse)  # lies between the following, but for rounding
+        variance_of_each = variance_of_each.clip(min(variances) * np.diag(inverse), max(variances) * np.diag(inverse))
+        half = _NORMAL95 * np.sqrt(variance_of_each) / _SCALES
         centre = inverse @ moments / _SCALES
         terms: dict[Term, Coefficient] = {}
         for term, value, lower, upper in zip(TERMS, self._values, centre - half, centre + half, strict=True):
@@ -194,7 +200,7 @@ class CostModel:
     def _solve(self) -> None:
         """What would be negative is held at 0, and the rest is fitted again."""
         self._stale = 0
-        information, moments = self._system()
+        information, moments, _ = self._system()
         free = np.ones(len(TERMS), dtype=bool)
         while True:
             solution = np.linalg.solve(information[np.ix_(free, free)], moments[free])
@@ -205,12 +211,17 @@ class CostModel:
         values[free] = solution
         self._values = (values / _SCALES).tolist()
 
-    def _system(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The matrix [6, 6] and the right side of the normal equations, of scaled features."""
-        information = sum(_scaled(memory.sums[:-1]) for memory in self._memories.values())
+    def _system(self) -> tuple[Array, Array, Array]:
+        """The matrix [6, 6] and the right side [6] of the normal equations, of scaled features; and what part of the
+        matrix no step told: the ridge, and `_ASSUMED` as if two steps ten times as long as a decode had said so.
+        """
+        prefill, decode = (_scaled(memory.sums[:-1]) for memory in self._memories.values())
+        least = 1e-3 * np.trace(prefill + decode) + 1e-12  # for a phase that was not seen
+        assumed = _RIDGE * np.diag(np.repeat([max(np.trace(part), least) for part in (prefill, decode)], 3))
+        per_step = decode[3, 3] / max(min(self._memories["decode"].samples, 1 / (1 - _MEMORY)), 1)
+        assumed += per_step / 100 * _ASSUMED.T @ _ASSUMED
         moments = sum(np.array(memory.sums[-1]) for memory in self._memories.values()) / _SCALES
-        ridge = _RIDGE * max(float(np.trace(information)), 1e-12)
-        return information + ridge * np.eye(len(TERMS)), moments
+        return prefill + decode + assumed, moments, assumed
 
 
 class _Memory:
@@ -251,7 +262,7 @@ class _Memory:
         return self._variance * (1 + correlation) / (1 - correlation)
 
 
-def _scaled(information: list[list[float]]) -> npt.NDArray[np.float64]:
+def _scaled(information: list[list[float]]) -> Array:
     return np.array(information) / np.outer(_SCALES, _SCALES)
 
 

@@ -18,6 +18,7 @@ from pagestream.server.scheduler import Advance, Scheduler
 
 SHORT_PROMPT = 32  # tokens, whose time to a first token is a metric
 _EXPORT_SECONDS = 1.0
+_REST = 8  # so many steps are shown when work ends, and not only with those to come
 _ANSWER_MEMORY = 0.95
 
 Records = list[tuple[str, float, LabelValues]]
@@ -54,6 +55,7 @@ class Costs:
         self._answer_tokens = 64.0  # of a usual answer
         self._step: tuple[Work, int] | None = None  # the latest, and the longest context in it
         self._next_export = 0.0
+        self._unexported = 0  # steps
         self._export()
 
     def backlog(self) -> tuple[float, float]:
@@ -112,7 +114,8 @@ class Costs:
         ratio = self._model.observe(work, longest, seconds)
         if ratio is not None:
             self._metrics.book((), [("cost_residual_ratio", ratio, (work.phase,))])
-        if self._clock() >= self._next_export or not self._scheduler.has_work:
+        self._unexported += 1
+        if self._clock() >= self._next_export or (self._unexported >= _REST and not self._scheduler.has_work):
             self._export()
 
     def _kernel_counts(self, plan: StepPlan, work: Work, attention_seconds: float) -> Records:
@@ -125,7 +128,7 @@ class Costs:
 
     def _export(self) -> None:
         """The gauges. What is not known yet is left out."""
-        self._next_export = self._clock() + _EXPORT_SECONDS
+        self._next_export, self._unexported = self._clock() + _EXPORT_SECONDS, 0
         fit, model = self._model.fit(), self._model
         terms = {(term,): coefficient for term, coefficient in fit.terms.items()}
         bandwidth: dict[LabelValues, float] = {}

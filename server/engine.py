@@ -33,9 +33,10 @@ from pagestream.server.events import Delta
 from pagestream.server.forecast import Estimate
 from pagestream.server.inbox import Inbox, QueueLimits
 from pagestream.server.job import Job, Publication
-from pagestream.server.metrics import EngineSnapshot, Metrics
+from pagestream.server.metrics import Metrics
 from pagestream.server.observer import Observer
 from pagestream.server.pace import Pace
+from pagestream.server.report import report
 from pagestream.server.request import FinishReason
 from pagestream.server.scheduler import Advance, Scheduler
 
@@ -298,25 +299,7 @@ class Engine:
             self._publish(publication)
         scheduler = self._scheduler
         self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, *self._costs.backlog())
-        self._metrics.set_reuse(
-            preemptions=scheduler.num_preemptions_total,
-            recomputed_tokens=scheduler.recomputed_tokens_total,
-            queried_tokens=scheduler.queried_tokens_total,
-            hit_tokens=scheduler.hit_tokens_total,
-            evicted_blocks=self._pool.num_evictions_total,
-        )
-        self._metrics.snapshot = EngineSnapshot(
-            running_contexts=[request.num_tokens for request in scheduler.running],
-            waiting_contexts=[request.num_tokens for request in scheduler.waiting],
-            streams_paused=len(scheduler.paused),
-            waiting_prompt_tokens=scheduler.waiting_tokens,
-            oldest_waiting_since=min((self._jobs[r.request_id].received for r in scheduler.waiting), default=None),
-            free_blocks=self._pool.num_free,
-            active_blocks=self._pool.num_active,
-            cached_blocks=self._pool.num_cached,
-            leaked_blocks=self._pool.num_references - scheduler.num_held_references,
-            fruitless_steps=self._fruitless_steps,
-        )
+        report(self._metrics, scheduler, self._pool, self._jobs, self._fruitless_steps)
 
     def _shut_down(self, told: float) -> None:
         """Ends what is left."""

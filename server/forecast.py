@@ -66,8 +66,9 @@ class Forecast:
 
     def backlog(self) -> float:
         """Seconds until what waits now is read, if nothing else is; 0 before there is a cost model."""
-        waiting = (prompt_from(0, request.num_tokens) for request in self._scheduler.waiting)
-        return self._seconds(reduce(Work.beside, waiting, Work()), Work())
+        totals = self._scheduler.waiting.totals
+        work = Work(tokens=sum(t.tokens for t in totals), squares=sum(t.squares for t in totals))
+        return self._seconds(work, Work())
 
     def seconds_per_token(self) -> float:
         """Of a prompt that fills a step."""
@@ -77,14 +78,18 @@ class Forecast:
         """What is read before a newcomer has read so many tokens, who decodes then beside those that do now, and
         whether others are read together with it."""
         running = [request for request in self._scheduler.running if request.num_uncomputed > 1]
-        prompts = [*running, *self._scheduler.waiting]
-        ahead = [request for request in prompts if request.num_uncomputed <= tokens]
+        waiting = self._scheduler.waiting.totals
+        ahead = [request for request in running if request.num_uncomputed <= tokens]
+        shorter = [total for total in waiting if total.tokens <= tokens * total.requests]  # by their mean
         works = [prompt_from(request.num_computed, request.num_tokens) for request in ahead]
+        works += [Work(tokens=total.tokens, squares=total.squares) for total in shorter]
         if running and running[0] not in ahead:
             oldest, share = running[0], (tokens + sum(work.tokens for work in works)) // 3
             works.append(prompt_from(oldest.num_computed, min(oldest.num_computed + share, oldest.num_tokens)))
         joining = decodes_at([request.num_tokens for request in ahead])
-        return reduce(Work.beside, works, Work()), joining, len(ahead) < len(prompts)
+        joining = joining.beside(Work(sum(t.requests for t in shorter), sum(t.tokens for t in shorter)))
+        has_company = len(ahead) + len(shorter) < len(running) + len(waiting)
+        return reduce(Work.beside, works, Work()), joining, has_company
 
     def _num_steps(self, work: Work, decodes: Work) -> float:
         """In which the prompts of `work` are read beside these decodes."""

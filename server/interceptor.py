@@ -25,11 +25,13 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"  # not subscriptable at r
 Sink = Callable[[Call], None]  # told of every call when it is over
 _NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
 _HEALTH = "/grpc.health.v1."  # probes have no token
+_COUNTED = "/pagestream."
+_OURS = (_COUNTED, "/vllm.grpc.engine.")
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a key; the methods of our own services it counts and reports to the sinks. Unknown methods
-    are left out, so that clients cannot invent label values.
+    """Refuses calls without a key; the methods of our services it reports to the sinks, and counts those of our own
+    protos. Unknown methods are left out, so that clients cannot invent label values.
     """
 
     def __init__(self, metrics: Metrics, door: Door, sinks: Sequence[Sink]) -> None:
@@ -52,7 +54,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             call.key = self._door.identify(metadata)
         except UnauthenticatedError as error:
             return self._refusal(call, error)
-        if not method.startswith("/pagestream."):
+        if not method.startswith(_OURS):
             return handler
         parse = handler.request_deserializer
         if handler.unary_stream is not None:
@@ -90,7 +92,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _around(self, call: Call, context: Context) -> AsyncIterator[None]:
         enter(call)
-        self._metrics.call_started(call.method)
+        is_counted = call.method.startswith(_COUNTED)
+        if is_counted:
+            self._metrics.call_started(call.method)
         # Not below, in `finally`: gRPC drops a generator whose client has gone, and its end comes when it is collected.
         context.add_done_callback(lambda _context: self._over(call, context))  # type: ignore[arg-type]
         try:
@@ -109,7 +113,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
             log.error("%s failed: %s\n%s", call.method, type(error).__name__, trace)  # noqa: TRY400 - see above
             await status.abort(context, EngineFaultError("the call failed inside the server"))
         finally:
-            self._metrics.call_handled(call.method, _code(call, context))
+            if is_counted:
+                self._metrics.call_handled(call.method, _code(call, context))
 
     def _over(self, call: Call, context: Context) -> None:
         call.end(_code(call, context))

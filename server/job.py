@@ -15,7 +15,7 @@ from pagestream.server.events import Delta, Event, Failed, Finished, Progress, T
 from pagestream.server.ledger import Account
 from pagestream.server.request import FinishReason, Request
 from pagestream.server.request_stats import StatsRecord
-from pagestream.server.stats import StatsDetail, StatsRequest, TokenStats
+from pagestream.server.stats import RequestStats, StatsDetail, StatsRequest, TokenStats
 
 _ENDING_TOKEN = (FinishReason.END_OF_SEQUENCE, FinishReason.STOP_TOKEN)
 
@@ -92,7 +92,8 @@ class Job:
         if self.record is None:
             return ()
         gaps = (None, *self.gaps)[-len(tokens) :]
-        return self.record.take(tokens, self.request.num_tokens - len(tokens), gaps)
+        first, *more = self.record.take(tokens, self.request.num_tokens - len(tokens), gaps)
+        return replace(first, predicted_gap=self.ledger.predicted_gap, stall=self.ledger.stall), *more
 
     def _book_times(self, count: int, now: float) -> None:
         """Tokens of one step come at once: without a gap between them."""
@@ -116,7 +117,18 @@ class Job:
             matched_stop=self.matched_stop,
             matched_stop_token_id=self.request.tokens[-1] if reason is FinishReason.STOP_TOKEN else None,
             index=self.index,
-            stats=None if self.record is None else self.record.read(),
+            stats=self._request_stats(),
+        )
+
+    def _request_stats(self) -> RequestStats | None:
+        if self.record is None:
+            return None
+        ledger = self.ledger
+        return replace(
+            self.record.read(),
+            stall_suffered=ledger.suffered,
+            stall_caused=ledger.caused,
+            prefill_chunks=ledger.prefill_chunks,
         )
 
     def failed(self, error: RequestError) -> Failed:

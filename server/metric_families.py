@@ -27,9 +27,9 @@ ATTENTION_CTX = (*CTX[:6], "inf")  # of families that are by layer group too
 LAYER_GROUPS = ("early", "middle", "late")
 BANDS = tuple(map(str, range(16)))
 
-RATIOS = (0.5, 0.75, 0.9, 1.1, 1.33, 2.0, 4.0)
-CHUNK_TOKENS = tuple(float(2**k) for k in range(3, 13))
-OVERHEAD_SECONDS = tuple(50e-6 * 2**k for k in range(12))
+RATIOS = (0.5, 0.75, 0.9, 1.1, 1.5, 3.0)
+CHUNK_TOKENS = (8.0, 32.0, 128.0, 512.0, 2048.0)
+OVERHEAD_SECONDS = tuple(50e-6 * 4**k for k in range(6))
 
 Kind = Literal["histogram", "counter", "gauge"]
 Outcome = Literal["ok", "cancelled", "deadline", "rejected", "error"]

@@ -30,7 +30,7 @@ class Pace:
         # n tokens from `start` on cost n * prefill_b + ((start + n)^2 - start^2) * prefill_c = left
         linear, square = cost["prefill_b"] + 2 * start * cost["prefill_c"], cost["prefill_c"]
         left = self.seconds_for_prompts(decodes_at(contexts))
-        if linear <= 0:  # nothing is known yet
+        if not self.model.knows("prefill") or linear <= 0:
             return MIN_PROMPT_TOKENS
         tokens = 2 * left / (linear + math.sqrt(linear**2 + 4 * square * left))
         return max(int(tokens), MIN_PROMPT_TOKENS)

@@ -34,6 +34,7 @@ from pagestream.server.fair_share import FairShare
 from pagestream.server.places import next_in_turn, take_turn
 from pagestream.server.request import FinishReason, Request, RequestState
 from pagestream.server.speculation import accept, add_proposals
+from pagestream.server.waiting import WaitingQueue
 
 MAX_PREEMPTIONS = 3  # per request
 GROWTH = 4  # pages that every running answer has room for when another request starts
@@ -68,7 +69,7 @@ class Scheduler:
         self.max_running = max_running
         self._speculation = speculation
         self._running: list[Request] = []  # these three in arrival order
-        self._waiting: list[Request] = []
+        self._waiting = WaitingQueue()
         self._paused: list[Request] = []
         self._fair_share = FairShare()
         self._num_admitted = 0
@@ -84,7 +85,7 @@ class Scheduler:
         return self._running
 
     @property
-    def waiting(self) -> Sequence[Request]:
+    def waiting(self) -> WaitingQueue:
         """A live view, in arrival order."""
         return self._waiting
 
@@ -105,7 +106,7 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         """How many tokens must be computed before every waiting request has its next one."""
-        return sum(request.num_tokens for request in self._waiting)
+        return sum(total.tokens for total in self._waiting.totals)
 
     @property
     def has_work(self) -> bool:
@@ -193,6 +194,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises RuntimeError if the pool, the requests and the queues disagree."""
         self._pool.check_integrity(map(request_blocks.held, self._running))
+        if self.waiting_tokens != sum(request.num_tokens for request in self._waiting):
+            raise RuntimeError(f"{self.waiting_tokens} tokens are said to wait")
         for state, queue in self._queues().items():
             for request in queue:
                 request.check(self._pool.block_size)

@@ -161,7 +161,7 @@ def check_answer(request: ScoreMessage, vocab_size: int) -> None:
 
 
 def stats_request(stats: stats_pb2.StatsOptions, page_tokens: int) -> StatsRequest:
-    """All but where spans end, for which see check_spans. Raises InvalidFieldError."""
+    """All but where spans end, for which see check_stats_spans. Raises InvalidFieldError."""
     if stats.level not in stats_pb2.StatsLevel.values():
         raise InvalidFieldError("stats.level", f"{stats.level} is not one of pagestream.v1.StatsLevel")
     detail = StatsDetail(stats.level or StatsDetail.OFF)

@@ -205,9 +205,9 @@ DASHBOARD = dashboard(
                 ),
                 Panel(
                     "Largest error of the self-test",
-                    "Absolute, in units of each test; see kernels/README.md for the tolerances.",
+                    "As a share of what that test allows; above 1 the server does not become ready.",
                     {"{{instance}}, {{test}}": 'pagestream_selftest_max_error{instance=~"$instance"}'},
-                    unit="none",
+                    unit="percentunit",
                     kind="stat",
                 ),
             ],

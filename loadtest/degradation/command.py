@@ -15,6 +15,8 @@ from pagestream.loadtest.degradation.card import FULL, PARTS, QUICK, disagreemen
 from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.server import Server
 
+CONFIDENCE = 0.95  # of every interval
+
 
 class DegradationError(ValueError):
     """What was typed cannot be done; the message says why."""
@@ -23,7 +25,8 @@ class DegradationError(ValueError):
 def draw_card(
     target: str, metrics: str, folder: Path, only: Sequence[str] | None, against: Path | None, seed: int, *, quick: bool
 ) -> bool:
-    """Whether it agrees with the other card; True without one. Raises DegradationError and TargetError."""
+    """Whether it agrees with the other card, that is, no more numbers lie apart than 95 % intervals let; True without
+    one. Raises DegradationError and TargetError."""
     console = Console()
     parts = only or PARTS
     if unknown := set(parts) - set(PARTS):
@@ -68,7 +71,7 @@ def _compare(console: Console, before: dict[str, Any], after: dict[str, Any]) ->
             f"{each.where}: {each.before.value:.4g} ({each.before.lower:.4g} to {each.before.upper:.4g}) then, "
             f"{each.after.value:.4g} ({each.after.lower:.4g} to {each.after.upper:.4g}) now"
         )
-    return not apart
+    return len(apart) <= (1 - CONFIDENCE) * common
 
 
 def _progress(items: Iterable[Any], total: int, name: str) -> Iterable[Any]:

@@ -46,7 +46,7 @@ class Chart {
       ...this.size(),
       scales: { x: x.scale, y: y.scale },
       axes: [
-        { ...axis, values: x.values, splits: x.splits, size: 32 },
+        { ...axis, values: x.values, splits: x.splits, filter: x.filter, size: 32 },
         { ...axis, values: (_, splits) => splits.map((v) => (v === null ? "" : y.text(v))), size: 64, filter: y.filter },
       ],
       series: [
@@ -73,6 +73,7 @@ const CONTEXT_AXIS = {
   label: "context",
   scale: { time: false, distr: 3, log: 2 },
   splits: (plot) => POWERS.filter((n) => n >= plot.scales.x.min && n <= plot.scales.x.max),
+  filter: (_, splits) => splits, // uPlot's own drops some
   values: (plot, splits) => splits.map((n, i) => (plot.width < 500 && i % 2 ? "" : tokensText(n))),
   text: (n) => `${tokensText(n)} tokens`,
 };

@@ -224,13 +224,13 @@ function selftestPanel(body) {
     const tests = [...now.series("selftest_ok").values()].map(([[test], ok]) => [
       test,
       element("td", { class: ok ? "good" : "bad" }, ok ? "passed" : "FAILED"),
-      now.value("selftest_max_error", test)?.toExponential(1) ?? "–",
+      `${numberText(100 * now.value("selftest_max_error", test), 2)} %`,
     ]);
     const events = [...now.series("integrity_events_total").values()].map(([[kind], count]) =>
       element("span", { class: count && !kind.startsWith("entropy") ? "bad" : "" }, `${kind.replace("_", " ")} ${count}  `),
     );
     body.replaceChildren(
-      ...(tests.length ? [table(["test", "result", "largest error"], tests)] : []),
+      ...(tests.length ? [table(["test", "result", "error, of what is allowed"], tests)] : []),
       element("p", {}, events.length ? "Integrity events: " : "No integrity monitor.", ...events),
     );
     return tests.length > 0 || events.length > 0;

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,8 +124,9 @@ def test_a_stream_is_not_held_back(proxy: Proxy, client: Client) -> None:
     call = client.open(text="x", stop=LONG)
     while not next(call).HasField("delta"):
         pass
-    assert sum(server.metric("running_requests") for server in proxy.servers) == 1  # text is here before the end
-    assert list(call)[-1].finished.usage.output_tokens == 1500
+    first = time.monotonic()
+    timings = list(call)[-1].finished.timings
+    assert time.monotonic() - first > timings.decode.ToTimedelta().total_seconds() / 2  # as long as it took to make
 
 
 def test_a_frozen_replica_gets_no_calls_until_it_is_back(proxy: Proxy, client: Client) -> None:

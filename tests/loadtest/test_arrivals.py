@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagestream.loadtest.arrivals import ARRIVALS, Constant, Gamma, OpenLoop, Poisson, Ramp, Step, TraceArrivals
@@ -28,6 +28,7 @@ def assert_poisson_count(count: int, expected: float) -> None:
     assert abs(count - expected) <= 6 * math.sqrt(expected) + 1
 
 
+@settings(deadline=None, max_examples=50)
 @given(rate=RATES, seed=SEEDS)
 def test_constant_is_exact(rate: float, seed: int) -> None:
     times = until(Constant(rate), 50 / rate, seed)
@@ -35,6 +36,7 @@ def test_constant_is_exact(rate: float, seed: int) -> None:
     assert len(times) in (50, 51)  # the last may fall on the edge
 
 
+@settings(deadline=None, max_examples=50)
 @given(rate=RATES, seed=SEEDS)
 def test_poisson_has_its_rate_in_both_halves(rate: float, seed: int) -> None:
     seconds = 400 / rate
@@ -45,6 +47,7 @@ def test_poisson_has_its_rate_in_both_halves(rate: float, seed: int) -> None:
     assert_poisson_count(len(times) - first, 200)
 
 
+@settings(deadline=None, max_examples=50)
 @given(rate=RATES, burstiness=st.sampled_from((0.25, 1.0, 4.0)), seed=st.integers(0, 50))
 def test_gamma_gaps_have_their_mean_and_spread(rate: float, burstiness: float, seed: int) -> None:
     times = list(itertools.islice(Gamma(rate, burstiness).times(Random(seed)), 4000))
@@ -55,6 +58,7 @@ def test_gamma_gaps_have_their_mean_and_spread(rate: float, burstiness: float, s
     assert variance / mean**2 == pytest.approx(1 / burstiness, rel=0.5)
 
 
+@settings(deadline=None, max_examples=50)
 @given(start=st.floats(0, 20), end=st.floats(0.5, 20), seed=SEEDS)
 def test_ramp_follows_the_integral_of_its_rate(start: float, end: float, seed: int) -> None:
     times = until(Ramp(start, end, seconds=40), 60, seed)
@@ -65,6 +69,7 @@ def test_ramp_follows_the_integral_of_its_rate(start: float, end: float, seed: i
     assert_poisson_count(sum(at >= 40 for at in times), 20 * end)
 
 
+@settings(deadline=None, max_examples=50)
 @given(rates=st.lists(st.floats(0.5, 50), min_size=1, max_size=4), seed=SEEDS)
 def test_each_step_has_its_rate_and_the_last_stays(rates: list[float], seed: int) -> None:
     times = until(Step(tuple(rates), seconds=10), 10 * (len(rates) + 1), seed)

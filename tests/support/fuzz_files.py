@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def _replace(holder: Any, place: Any, chance: random.Random) -> None:
         case 1 if isinstance(holder, dict):
             holder[chance.choice(("x", "type", "bos_token", "added_tokens_decoder", "chat_template"))] = holder[place]
         case _:
-            holder[place] = chance.choice(_ODD)
+            holder[place] = deepcopy(chance.choice(_ODD))  # it may be damaged further
 
 
 def open_as_a_server_does(path: Path) -> None:
