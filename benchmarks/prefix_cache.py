@@ -57,13 +57,13 @@ async def chat(address: str, turns: int) -> list[dict[str, Any]]:
 async def tokens_per_second(address: str) -> float:
     async with connect(address) as stub:
 
-        async def batch(prompt_tokens: int) -> None:
-            await asyncio.gather(*(stream(stub, prompt_tokens, NEW_TOKENS) for _ in range(STREAMS)))
+        async def batch(prompt_tokens: int, new_tokens: int) -> None:
+            await asyncio.gather(*(stream(stub, prompt_tokens, new_tokens) for _ in range(STREAMS)))
 
-        await batch(2 * PROMPT_TOKENS)  # fills the pool
+        await batch(2 * PROMPT_TOKENS, 1)  # fills the pool
         begun = time.perf_counter()
         for _ in range(BATCHES):
-            await batch(PROMPT_TOKENS)
+            await batch(PROMPT_TOKENS, NEW_TOKENS)
         return BATCHES * STREAMS * (PROMPT_TOKENS + NEW_TOKENS) / (time.perf_counter() - begun)
 
 
@@ -74,24 +74,26 @@ def no_hits(rounds: int) -> dict[str, Any]:
         for name in sorted(settings, reverse=bool(number % 2)):  # neither always goes first
             with server("default", *FLAGS, *SMALL_POOL, *settings[name]) as address:
                 measured[name].append(asyncio.run(tokens_per_second(address)))
+        print(number, measured, flush=True)  # noqa: T201 - it takes minutes
     ratios = [a / b for a, b in zip(measured["with"], measured["without"], strict=True)]
     return {"tokens_per_s": measured, "ratios": ratios, "median_ratio": statistics.median(ratios)}
 
 
+def chats(turns: int) -> dict[str, Any]:
+    with server("default", *FLAGS) as cached, server("default", *FLAGS, OFF) as plain:
+        return {"with": asyncio.run(chat(cached, turns)), "without": asyncio.run(chat(plain, turns))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scene", choices=("chat", "no_hits"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    result: dict[str, Any] = {"read_bandwidth_gb_s": read_bandwidth() / 1e9}
-    with server("default", *FLAGS) as cached, server("default", *FLAGS, OFF) as plain:
-        result["chat"] = {
-            "with": asyncio.run(chat(cached, options.turns)),
-            "without": asyncio.run(chat(plain, options.turns)),
-        }
-    result["no_hits"] = no_hits(options.rounds)
-    save("prefix_cache", result, options.out)
+    bandwidth = read_bandwidth() / 1e9
+    result = chats(options.turns) if options.scene == "chat" else no_hits(options.rounds)
+    save(f"prefix_cache_{options.scene}", {"read_bandwidth_gb_s": bandwidth, **result}, options.out)
 
 
 if __name__ == "__main__":
