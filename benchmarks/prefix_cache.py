@@ -29,7 +29,6 @@ OFF = "--no-prefix-cache"
 SMALL_POOL = ("--kv-memory", "96MB")  # 4,096 tokens
 TURN = "Turn {}: tell me one more thing about rivers, mountains or the sea, and say in which book I find it."
 STREAMS, PROMPT_TOKENS, NEW_TOKENS = 8, 256, 32
-BATCHES = 2  # of so many streams
 
 
 async def chat(address: str, turns: int) -> list[dict[str, Any]]:
@@ -62,9 +61,8 @@ async def tokens_per_second(address: str) -> float:
 
         await batch(2 * PROMPT_TOKENS, 1)  # fills the pool
         begun = time.perf_counter()
-        for _ in range(BATCHES):
-            await batch(PROMPT_TOKENS, NEW_TOKENS)
-        return BATCHES * STREAMS * (PROMPT_TOKENS + NEW_TOKENS) / (time.perf_counter() - begun)
+        await batch(PROMPT_TOKENS, NEW_TOKENS)
+        return STREAMS * (PROMPT_TOKENS + NEW_TOKENS) / (time.perf_counter() - begun)
 
 
 def no_hits(rounds: int) -> dict[str, Any]:

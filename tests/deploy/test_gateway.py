@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import gateway as shipped
 import pytest
+import stack
 
 from pagestream.v1 import generation_pb2 as pb
 from tests.support.process import ServerProcess
@@ -91,6 +94,31 @@ def test_prompts_that_begin_alike_go_where_they_are_cached(gateway: Gateway) -> 
         for what, before in (("queried", asked), ("hit", found))
     )
     assert found / asked > 0.55
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shipped, "TOOLS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(stack.StackError, match="pip install smg"):
+        shipped.find_smg()
+
+
+def test_one_command_starts_it_and_a_signal_stops_it(tool: Tool, tiny_model_path: Path) -> None:
+    tool("smg")
+    (port,) = shipped.free_ports(1)
+    command = [sys.executable, shipped.__file__, str(tiny_model_path), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = list(itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), process.stdout))
+            assert any(line.startswith("OpenAI API") and f":{port}/v1" in line for line in said), said
+            assert shipped.models(f"http://127.0.0.1:{port}") == [MODEL, MODEL]
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+    assert len(children) == 3
+    assert not any(Path("/proc", child).exists() for child in children)
 
 
 @dataclass
