@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet
 OUT ?= benchmarks/results
 
-.PHONY: help demo setup serve stack test lint wheel-check bench soak fuzz audit gpu-check protos clean
+.PHONY: help demo setup serve stack gateway test lint wheel-check bench soak fuzz audit gpu-check protos clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -23,6 +23,9 @@ serve: setup  ## serve the default model until Ctrl-C
 
 stack: setup  ## a server, Prometheus with our rules, Alertmanager and a small load, until Ctrl-C
 	@$(BIN)/python deploy/stack.py
+
+gateway: setup  ## two servers and smg in front of them: the OpenAI API over HTTP, until Ctrl-C
+	@$(BIN)/python deploy/gateway.py
 
 test: setup .venv/.test  ## every test that needs no GPU
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadscope -m "not gpu"

@@ -91,10 +91,10 @@ class Streams:
         """Of all calls that are open."""
         return list(self._mailboxes)
 
-    def abort(self, request_id: str) -> None:
-        """Ends the call of a live request as CANCELLED, which frees what it holds; nothing if there is none."""
+    def abort(self, request_id: str, tenant: str) -> None:
+        """Ends the call of a live request of this tenant as CANCELLED, which frees what it holds; or does nothing."""
         for job, mailbox in self._mailboxes.items():
-            if job.request.request_id == request_id:
+            if (job.request.request_id, job.request.tenant) == (request_id, tenant):
                 mailbox.put(Failed(AbortedError(f"request {request_id} was aborted")))
 
     async def all_closed(self) -> None:

@@ -93,9 +93,9 @@ class VllmEngineService(VllmEngineServicer):  # type: ignore[misc]  # the packag
         request: vllm.AbortRequest,
         context: Context,
     ) -> vllm.AbortResponse:
-        """Ids that are not live are passed over: an answer may have ended meanwhile."""
+        """Ids that are not live, or not the caller's tenant's, are passed over: an answer may have ended meanwhile."""
         for request_id in request.request_ids:
-            self._streams.abort(request_id)
+            self._streams.abort(request_id, tenant_of(context))
         return vllm.AbortResponse()
 
     async def HealthCheck(  # noqa: N802 - the proto's name

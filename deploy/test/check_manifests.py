@@ -9,17 +9,53 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import kubernetes_validate
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
+
+Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
+
+
+class PoolPort(BaseModel):
+    number: Port
+
+
+class PoolSelector(BaseModel):
+    matchLabels: dict[str, str] = Field(min_length=1)  # noqa: N815 - the API's name
+
+
+class PickerRef(BaseModel):
+    name: str
+    port: PoolPort
+    group: str = ""
+    kind: str = "Service"
+    failureMode: Literal["FailOpen", "FailClose"] = "FailClose"  # noqa: N815
+
+
+class PoolSpec(BaseModel):
+    selector: PoolSelector
+    targetPorts: list[PoolPort] = Field(min_length=1, max_length=8)  # noqa: N815
+    appProtocol: Literal["http", "kubernetes.io/h2c"] = "http"  # noqa: N815
+    endpointPickerRef: PickerRef  # noqa: N815
+
+
+class InferencePool(BaseModel):
+    """What https://gateway-api-inference-extension.sigs.k8s.io says of version v1: no package has a model of it."""
+
+    apiVersion: str  # noqa: N815
+    kind: str
+    metadata: dict[str, Any]
+    spec: PoolSpec
+
 
 VERSIONS = ("1.31", "1.34", "1.37")
 CUSTOM = {
     ("monitoring.coreos.com/v1", "ServiceMonitor"): ServiceMonitor,
     ("keda.sh/v1alpha1", "ScaledObject"): ScaledObject,
+    ("inference.networking.k8s.io/v1", "InferencePool"): InferencePool,
 }
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.deploy.manifests import Complain, Object
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
 _TOOLS = Path(__file__).parents[2] / "build" / "tools"  # a virtual environment of deploy/test/tools.txt
 
 
@@ -23,3 +28,20 @@ def tool() -> Callable[[str], str]:
         return found
 
     return find
+
+
+@pytest.fixture(scope="session")
+def schema_complaints(tool: Callable[[str], str]) -> Complain:
+    """What the schemas of Kubernetes and the models of custom resources have against each object."""
+    tool("kubernetes-validate")
+    python = Path(tool("kubectl")).with_name("python")
+    if not python.exists():
+        pytest.skip("build/tools is missing: .ci/run makes it")
+
+    def complain(objects: list[Object]) -> list[list[str]]:
+        command = [python, DEPLOY / "test" / "check_manifests.py"]
+        done = subprocess.run(command, input=json.dumps(objects), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return list(json.loads(done.stdout))
+
+    return complain

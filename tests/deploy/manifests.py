@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from pagestream.server.config import ServerConfig, load_config, parse_size
 from pagestream.server.listener import LIVENESS, SERVICES
 from pagestream.server.metric_families import FAMILIES, PREFIX
 
 Object = dict[str, Any]
+Complain = Callable[[list[Object]], list[list[str]]]  # about each
 CLOSING = 5.0  # seconds to end the rest and close connections after the drain
 METRICS = {PREFIX + family.name for family in FAMILIES}
 BESIDE_KV = 2**30  # bytes beside the KV cache: program, weights of a small model, activations
+
+
+def render(tool: Callable[[str], str], folder: Path) -> list[Object]:
+    command = [tool("kubectl"), "kustomize", folder]
+    return list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
 def problems(objects: list[Object], scratch: Path) -> list[str]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import socket
 import subprocess
+import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import gateway as shipped
 import pytest
+import stack
 
 from pagestream.v1 import generation_pb2 as pb
 from tests.support.process import ServerProcess
@@ -21,14 +25,8 @@ pytestmark = pytest.mark.slow
 
 CLIENT = Path(__file__).parent / "openai_client.py"
 MODEL = "tiny"
-START = 60.0
 STARTING = 2  # chats that a worker may have been given between the count of its streams and its end
 Tool = Callable[[str], str]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @dataclass
@@ -55,30 +53,18 @@ def gateway(
     tool: Tool, serve: Callable[..., ServerProcess], tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
     smg = tool("smg")
-    workers = [serve(tiny_model_path, "--threads", "1", "--canary-interval", "0") for _ in range(2)]
-    port, log = free_port(), (tmp_path_factory.mktemp("smg") / "log").open("w")
-    command = [smg, "launch", "--host", "127.0.0.1", "--port", str(port), "--policy", "cache_aware"]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-    command += ["--worker-urls", *(f"grpc://{worker.address}" for worker in workers)]
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-
-    def knows_both() -> bool:
-        assert process.poll() is None, Path(log.name).read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/workers", timeout=5) as response:  # noqa: S310 - our own gateway
-                listed = json.load(response)["workers"]
-        except OSError:
-            return False
-        return len(listed) == 2 and all(worker["model_id"] == MODEL for worker in listed)
-
+    workers = [serve(tiny_model_path, "--threads", "1") for _ in range(2)]
+    port, metrics_port = shipped.free_ports(2)
+    url, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("smg") / "log"
+    command = shipped.smg_command(smg, port, metrics_port, [worker.address for worker in workers])
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        wait_until(knows_both, "the gateway knows both workers and their model", START)
+        assert shipped.wait_for_workers(url, process, len(workers)) == MODEL
         yield Gateway(url, str(Path(smg).parent / "python"), workers)
     finally:
         process.kill()
         process.wait()
-        log.close()
 
 
 def test_a_streamed_chat_is_our_own_answer(gateway: Gateway) -> None:
@@ -108,6 +94,92 @@ def test_prompts_that_begin_alike_go_where_they_are_cached(gateway: Gateway) -> 
         for what, before in (("queried", asked), ("hit", found))
     )
     assert found / asked > 0.55
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shipped, "TOOLS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(stack.StackError, match="pip install smg"):
+        shipped.find_smg()
+
+
+def test_one_command_starts_it_and_a_signal_stops_it(tool: Tool, tiny_model_path: Path) -> None:
+    tool("smg")
+    (port,) = shipped.free_ports(1)
+    command = [sys.executable, shipped.__file__, str(tiny_model_path), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = list(itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), process.stdout))
+            assert any(line.startswith("OpenAI API") and f":{port}/v1" in line for line in said), said
+            assert shipped.models(f"http://127.0.0.1:{port}") == [MODEL, MODEL]
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+    assert len(children) == 3
+    assert not any(Path("/proc", child).exists() for child in children)
+
+
+@dataclass
+class Load:
+    answered: int = 0
+    failed: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def load_on(gateway: Gateway) -> Iterator[Load]:
+    """Three clients that chat one chat after another until the block is left."""
+    load, enough = Load(), threading.Event()
+
+    def chats(client: int) -> None:
+        while not enough.is_set():
+            messages = [{"role": "user", "content": f"client {client}, chat {load.answered}"}]
+            body = json.dumps({"model": MODEL, "messages": messages, "max_tokens": 20, "stream": True}).encode()
+            request = urllib.request.Request(  # noqa: S310 - our own gateway
+                f"{gateway.url}/v1/chat/completions", body, {"content-type": "application/json"}
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+                    text = response.read().decode()
+            except OSError as error:
+                load.failed.append(str(error))
+            else:
+                if '"finish_reason":"' in text and text.endswith("data: [DONE]\n\n"):
+                    load.answered += 1
+                else:
+                    load.failed.append(text)
+
+    threads = [threading.Thread(target=chats, args=(client,)) for client in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield load
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join(60)
+
+
+def test_a_rolling_restart_under_load_loses_nothing(
+    gateway: Gateway,
+    serve: Callable[..., ServerProcess],
+    tiny_model_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """A call that is refused as draining is tried again elsewhere by smg; answers that run end within the grace."""
+    with load_on(gateway) as load:
+        for index, old in enumerate(gateway.workers):
+            wait_until(lambda old=old: old.metric("running_requests") > 0, "it answers chats")
+            before = load.answered
+            old.terminate()
+            assert old.wait_for_exit() == 0
+            port = old.address.rpartition(":")[2]
+            new = gateway.workers[index] = serve(tiny_model_path, "--threads", "1", "--grpc-port", port)
+            wait_until(lambda new=new: new.metric("requests_finished_total") > 0, "smg comes back to it", 60)
+            assert load.answered > before
+    record_property("chats answered through smg while both workers restarted", load.answered)
+    assert load.failed == []
 
 
 def test_a_killed_worker_takes_only_its_own_streams_along(gateway: Gateway) -> None:

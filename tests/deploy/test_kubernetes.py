@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.deploy.manifests import Object, only, problems
+from tests.deploy.manifests import Complain, Object, only, problems, render
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 POD = "spec.template.spec"
 SERVER = f"{POD}.containers.0"
 GONE = object()  # what a mistake leaves out
 
-Complain = Callable[[list[Object]], list[list[str]]]  # about each
 MISTAKES: list[tuple[str, str, str, object]] = [  # overlay, kind, path, what stands there instead
     ("cpu", "Deployment", "spec.strategy.rollingUpdate.maxSurge", [1]),
     ("cpu", "Deployment", f"{SERVER}.readinesProbe", {"grpc": {"port": 50051}}),
@@ -88,29 +84,7 @@ SETTINGS = [  # in the ConfigMap: what stands there, and what a mistake makes of
 
 @pytest.fixture(scope="module")
 def overlays(tool: Callable[[str], str]) -> dict[str, list[Object]]:
-    kubectl = tool("kubectl")
-
-    def render(folder: Path) -> list[Object]:
-        text = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=True).stdout
-        return list(yaml.safe_load_all(text))
-
-    return {folder.name: render(folder) for folder in (DEPLOY / "kubernetes" / "overlays").iterdir()}
-
-
-@pytest.fixture(scope="module")
-def schema_complaints(tool: Callable[[str], str]) -> Complain:
-    tool("kubernetes-validate")
-    python = Path(tool("kubectl")).with_name("python")
-    if not python.exists():
-        pytest.skip("build/tools is missing: .ci/run makes it")
-
-    def complain(objects: list[Object]) -> list[list[str]]:
-        command = [python, DEPLOY / "test" / "check_manifests.py"]
-        done = subprocess.run(command, input=json.dumps(objects), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return list(json.loads(done.stdout))
-
-    return complain
+    return {folder.name: render(tool, folder) for folder in (DEPLOY / "kubernetes" / "overlays").iterdir()}
 
 
 def test_every_overlay_is_valid_and_fits_the_server(

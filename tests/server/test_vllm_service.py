@@ -108,6 +108,14 @@ def test_abort_ends_a_stream_and_frees_its_blocks(service: Service, stub: VllmEn
     wait_until(service.is_idle, "its blocks are free")
 
 
+def test_nobody_aborts_another_tenants_stream(stub: VllmEngineStub) -> None:
+    call = stub.Generate(request("abc", request_id="long", max_tokens=900), timeout=WAIT)
+    next(iter(call))  # unread, it stays open
+    others = (("x-pagestream-tenant", "somebody else"),)
+    stub.Abort(vllm.AbortRequest(request_ids=["long"]), timeout=WAIT, metadata=others)
+    assert list(call)[-1].complete.completion_tokens == 900
+
+
 def test_facts_for_routers(service: Service, stub: VllmEngineStub) -> None:
     assert stub.HealthCheck(vllm.HealthCheckRequest(), timeout=WAIT).healthy
     model = stub.GetModelInfo(vllm.GetModelInfoRequest(), timeout=WAIT)
