@@ -163,6 +163,7 @@ def run(model: str, ports: Ports) -> NoReturn:
             return process
 
         command = [sys.executable, "-m", "pagestream.server", "serve", model, "--grpc-port", str(ports.grpc)]
+        command += ["--drain-seconds", "2"]  # nobody but our own load waits for answers
         base = "http://127.0.0.1"
         server = start([*command, "--http-port", str(ports.http)], f"{base}:{ports.http}/healthz")
         say(f"Live page      {base}:{ports.http}/")
@@ -182,10 +183,8 @@ def run(model: str, ports: Ports) -> NoReturn:
             say(f"Degradation    {url}/graph?g0.expr={quote(DEGRADATION)}&g0.tab=0&g0.range_input=10m")
         else:
             say("Prometheus     not installed (Debian: prometheus)")
-        clients = [threading.Thread(target=load, args=(f"127.0.0.1:{ports.grpc}", ended)) for _ in range(2)]
-        for client in clients:
-            client.start()
-            stack.callback(client.join)
+        for _ in range(2):  # daemons: a long prompt on its way must not hold up the end
+            threading.Thread(target=load, args=(f"127.0.0.1:{ports.grpc}", ended), daemon=True).start()
         stack.callback(ended.set)
         say("A small load runs: prompts of 50 to 3,500 tokens. Ctrl-C stops everything.")
         raise StackError(f"the server ended with exit code {server.wait()}")

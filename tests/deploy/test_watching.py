@@ -218,10 +218,9 @@ def test_the_stack_starts_shows_degradation_and_stops(tiny_model_path: Path) -> 
         prometheus = Prometheus(ports["prometheus"])
         wait_until(lambda: len(prometheus.query(stack.DEGRADATION)) > 1, "degradation has two contexts", 60)
         process.send_signal(signal.SIGINT)
-        assert process.wait(WAIT) == 0
+        assert process.wait(2 * WAIT) == 0
     finally:
-        process.kill()
-        process.wait()
+        stack.stop(process)  # politely: it has children
     for port in ports.values():
         with pytest.raises(OSError, match="refused"):
             get_json(f"http://127.0.0.1:{port}/")

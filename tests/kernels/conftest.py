@@ -4,6 +4,7 @@ element, and every implementation of the operator behind one call.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -230,7 +231,10 @@ class forced_or_skip:  # noqa: N801  # used as a context manager
 @pytest.fixture(scope="session")
 def host_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGpu]:
     """The CUDA kernels' source, executed on this CPU."""
-    with running(tmp_path_factory.mktemp("host_gpu")) as machine:
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "host_gpu"
+    shared.mkdir(exist_ok=True)
+    with running(shared) as machine:
         yield machine
 
 

@@ -21,6 +21,9 @@ class Tokens(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         raise NotImplementedError
 
+    def to_json(self) -> str:
+        raise NotImplementedError
+
 
 def run(pieces: Sequence[bytes], stops: Sequence[str], min_tokens: int = 0) -> tuple[list[str], str | None]:
     """What each push emitted, then what finish did; and the stop string that ended it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import platform
 import shutil
 import struct
@@ -152,16 +153,24 @@ def _storage(tensor: Tensor) -> Tensor:
     return torch.as_strided(tensor, (last + 1,), (1,))
 
 
-@contextmanager
-def running(folder: Path) -> Iterator[HostGpu]:
-    """The program compiled into `folder`; skips the test where it cannot be."""
+def compiled(folder: Path) -> Path:
+    """The program, in a folder that test processes share: the first compiles, the others wait for it. Skips the test
+    where it cannot be compiled."""
     compiler = shutil.which("g++")
     if platform.machine() != "x86_64" or compiler is None:
         pytest.skip("the host machine for CUDA kernels is x86-64 and needs g++")
     program = folder / "host_gpu"
     includes = (f"-I{HERE}", f"-I{CSRC}")
     sources = (HERE / "machine.cpp", HERE / "main.cpp")
-    subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, *sources, "-o", program], check=True)
-    machine = HostGpu(program, Sources())
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            subprocess.run([compiler, *FLAGS, *SANITIZERS, *includes, *sources, "-o", program], check=True)
+    return program
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[HostGpu]:
+    machine = HostGpu(compiled(folder), Sources())
     yield machine
     machine.close()
