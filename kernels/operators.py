@@ -238,7 +238,7 @@ def quantized_linear(
     dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
     beside it; a NaN in a row makes the row NaN.
 
-    The last `prefill_rows` rows, those of prompts, have another, faster arithmetic where the machine has one (AMX): they
+    The last `prefill_rows` rows, those of prompts, have another, faster arithmetic where there is one (AMX): they
     and the weights are rounded to bfloat16, products are added in float32 in the order of the inputs. So a row's bits
     depend on its kind, but not on how many there are.
 
