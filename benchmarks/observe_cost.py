@@ -4,11 +4,12 @@ Method: three servers of the default model side by side, that never look (`--att
 by default (every 64th step), and at every step. Answers of 64 tokens after a prompt that the prefix cache has: the time
 from the first token to the last, and the processor time that the server's threads took meanwhile. A round asks every
 variant once, in random order: the three servers, and the one that never looks for answers whose request wants
-statistics (output; attention of every token; pages and four named spans of every 16th). So what disturbs a round
-disturbs all of its variants. A cost is the median over rounds of a variant's time over the plain one's, less 1, with a
-95 % bootstrap interval over rounds. `plain again` is a variant like the plain one: its cost is 0, and shows what the
-method resolves. A look at every 64th step costs a 64th of one at every step, which is the sharper number of the two.
-The last line is one JSON document.
+statistics (timing; output; attention of every token; pages and four named spans of every 32nd), so that what disturbs a
+round disturbs all of its variants. A cost is the median over rounds of a variant's time over the plain one's, less 1,
+with a 95 % bootstrap interval over rounds. `plain again` is a variant like the plain one: its cost is 0, and shows what
+the method resolves. A look at every 64th step costs a 64th of one at every step, which is the sharper number. `spans`
+includes what `output` costs; `spans beside output` is what pages and spans add to it. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def variants(context: int) -> dict[str, Variant]:
         "plain again": Variant("never"),
         "default": Variant("default"),
         "every step": Variant("every step"),
+        "timing": Variant("never", StatsOptions(level=StatsLevel.STATS_LEVEL_TIMING)),
         "output": Variant("never", StatsOptions(level=StatsLevel.STATS_LEVEL_OUTPUT)),
         "attention": Variant("never", StatsOptions(level=StatsLevel.STATS_LEVEL_ATTENTION)),
         "spans": Variant("never", StatsOptions(level=StatsLevel.STATS_LEVEL_SPANS, spans=spans)),
@@ -125,6 +127,7 @@ def summarize(found: dict[str, list[Sample]], streams: int) -> dict[str, Any]:
     for clock in ("wall", "processor"):
         values = {name: [getattr(each, clock) for each in samples] for name, samples in found.items()}
         costs = {name: cost(values[name], values[PLAIN]) for name in found if name != PLAIN}
+        costs["spans beside output"] = cost(values["spans"], values["output"])
         costs["64th of every step"] = {side: value / 64 for side, value in costs["every step"].items()}
         by_clock[clock] = {"plain_ms_per_token": statistics.median(values[PLAIN]) / tokens * 1e3, "cost": costs}
     return by_clock
