@@ -177,7 +177,14 @@ def degradation(
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two: up to 1,024 tokens, few trials.")] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="latency, dilution or quality; other parts stay as they are in --out.", show_default="all"),
+        typer.Option(
+            help="latency, interference, dilution, quality or control; other parts stay as they are in --out.",
+            show_default="all",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="grpc://HOST:PORT of another server of the model, as with --dtype fp32: the control."),
     ] = None,
     against: Annotated[Path | None, typer.Option(help="JSON of another card, which this one should repeat.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
@@ -194,7 +201,9 @@ def degradation(
     from pagestream.loadtest.target import TargetError, metrics_url  # noqa: PLC0415
 
     try:
-        agrees = draw_card(target, metrics or metrics_url(target), out, only, against, seed, quick=quick)
+        agrees = draw_card(
+            target, metrics or metrics_url(target), out, only, against, seed, quick=quick, reference=reference
+        )
     except DegradationError as error:
         _fail(error, USAGE)
     except TargetError as error:
