@@ -182,6 +182,9 @@ def degradation(
             show_default="all",
         ),
     ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=2, help="Of each length and task: what answers take.", show_default="40, quick: 4")
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="grpc://HOST:PORT of another server of the model, as with --dtype fp32: the control."),
@@ -192,7 +195,7 @@ def degradation(
     out: Annotated[Path, typer.Option(help="Folder for the page, the JSON and a figure.")] = Path(),
 ) -> None:
     """Measures what longer prompts cost a model, as served: seconds, attention, answers. Needs a server without other
-    work; ten minutes on two cores for 135 M parameters.
+    work; half an hour on two cores for 135 M parameters, most of it for the answers.
 
     Example: [bold]pagestream loadtest degradation --out cards[/]
     """
@@ -202,7 +205,15 @@ def degradation(
 
     try:
         agrees = draw_card(
-            target, metrics or metrics_url(target), out, only, against, seed, quick=quick, reference=reference
+            target,
+            metrics or metrics_url(target),
+            out,
+            only,
+            against,
+            seed,
+            quick=quick,
+            reference=reference,
+            trials=trials,
         )
     except DegradationError as error:
         _fail(error, USAGE)
