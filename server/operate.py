@@ -27,6 +27,7 @@ def token_command(
     max_requests: Limit = None,
     max_prompt_tokens: Limit = None,
     max_tokens: Limit = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="May read the metrics and the live page too.")] = False,
 ) -> None:
     """Makes a token: the entry for the file of [bold]--keys-file[/] goes to stdout, the token itself to stderr. It is
     kept nowhere.
@@ -36,6 +37,7 @@ def token_command(
     token, sha256 = new_token()
     entry: dict[str, str | int | None] = {"name": name, "sha256": sha256, "tenant": tenant}
     entry |= dict(zip(LIMITS, (max_requests, max_prompt_tokens, max_tokens), strict=True))
+    entry["metrics"] = metrics or None
     given = {field: value for field, value in entry.items() if value is not None}
     try:
         parse_key(given, "--")
