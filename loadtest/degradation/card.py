@@ -14,6 +14,7 @@ from pagestream.loadtest.degradation.quality import score_all, summarize_pairs, 
 from pagestream.loadtest.degradation.server import NotReportedError, Server
 from pagestream.loadtest.degradation.text import NAME, read_text, words_of
 from pagestream.loadtest.manifest import environment
+from pagestream.loadtest.scrape import MetricsPage
 from pagestream.loadtest.shapes import Vocabulary
 from pagestream.loadtest.statistics import Interval
 
@@ -50,7 +51,12 @@ QUICK = Effort(longest=1024, per_octave=1, repeats=3, texts=3, groups=4, passkey
 
 
 def measure_card(
-    server: Server, parts: Sequence[str], effort: Effort, metrics: str | None, seed: int, progress: Progress[Any]
+    server: Server,
+    parts: Sequence[str],
+    effort: Effort,
+    metrics: MetricsPage | None,
+    seed: int,
+    progress: Progress[Any],
 ) -> dict[str, Any]:
     """The document. A part that the server does not report is {"not_reported": why}. Raises TargetError."""
     model = server.model()
