@@ -69,7 +69,9 @@ def run(
     token: Token = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="loadtest-DATE-TIME")] = None,
 ) -> None:
-    """Sends requests and writes a folder: every token's moment, percentiles by length, the server's view beside them.
+    """Sends requests and writes down when each token came, and percentiles by length.
+
+    All of it goes to a folder, with the server's own view beside it.
 
     Scenarios: fixed:prompt=128,output=64 · bimodal:short=64,long=2048,share=0.2 · ladder:lengths=64/512/4096 ·
     shared-prefix:prefix=512,groups=4 · multi-turn:turns=4,user=64 · trace:file=FILE.
@@ -208,8 +210,9 @@ def degradation(
     token: Token = None,
     out: Annotated[Path, typer.Option(help="Folder for the page, the JSON and a figure.")] = Path(),
 ) -> None:
-    """Measures what longer prompts cost a model, as served: seconds, attention, answers. Needs a server without other
-    work; ten minutes on two cores for 135 M parameters.
+    """Measures what longer prompts cost a model, as served: seconds, attention, answers.
+
+    Needs a server without other work; ten minutes on two cores for 135 M parameters.
 
     Example: [bold]pagestream loadtest degradation --out cards[/]
     """
