@@ -199,7 +199,14 @@ def degradation(
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two: up to 1,024 tokens, few trials.")] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="latency, dilution or quality; other parts stay as they are in --out.", show_default="all"),
+        typer.Option(
+            help="latency, interference, dilution, quality or control; other parts stay as they are in --out.",
+            show_default="all",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="grpc://HOST:PORT of another server of the model, as with --dtype fp32: the control."),
     ] = None,
     against: Annotated[Path | None, typer.Option(help="JSON of another card, which this one should repeat.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
@@ -224,7 +231,7 @@ def degradation(
     credentials = Credentials(tls_ca, tls_cert, tls_key, token)
     url = metrics or metrics_url(target, credentials)
     try:
-        agrees = draw_card(target, url, out, only, against, seed, credentials, quick=quick)
+        agrees = draw_card(target, url, out, only, against, seed, credentials, quick=quick, reference=reference)
     except DegradationError as error:
         _fail(error, USAGE)
     except TargetError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Event
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -34,6 +35,7 @@ class NotReportedError(Exception):
 class Stream:
     """A streamed answer: seconds from sending to each token, and what the server says of it."""
 
+    begun: float  # when it was sent, by time.perf_counter
     tokens: list[float]
     stats: RequestStats | None
     cached_tokens: int
@@ -114,6 +116,25 @@ class Server:
         )
         return self._call(lambda: self._read(request))
 
+    def decode_until(self, prompt: Sequence[int], done: Event, took: Callable[[float], None]) -> None:
+        """Tells the moment, by time.perf_counter, of each token until `done` is set or there is no more room."""
+        request = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=prompt),
+            stop=pb.StopConfig(ignore_eos=True),
+            output=pb.OutputConfig(token_ids=True),
+        )
+
+        def read() -> None:
+            call = self._generation.GenerateStream(request, timeout=_CALL_SECONDS)
+            for event in call:
+                for _ in event.delta.token_ids:
+                    took(time.perf_counter())
+                if done.is_set():
+                    call.cancel()
+                    return
+
+        self._call(read)
+
     def _read(self, request: pb.GenerateStreamRequest) -> Stream:
         tokens: list[float] = []
         finished = pb.Finished()
@@ -123,7 +144,9 @@ class Server:
                 tokens += [time.perf_counter() - sent] * len(event.delta.token_ids)
             elif event.HasField("finished"):
                 finished = event.finished
-        return Stream(tokens, finished.stats if finished.HasField("stats") else None, finished.usage.cached_tokens)
+        return Stream(
+            sent, tokens, finished.stats if finished.HasField("stats") else None, finished.usage.cached_tokens
+        )
 
     def _call(self, call: Callable[[], T]) -> T:
         try:
