@@ -26,16 +26,17 @@ except ModuleNotFoundError:
 from record import environment
 
 PYTHON = (sys.executable,)
+SANITIZER = (shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer", "--error-exitcode", "9")
 PYTEST = (*PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
 SHORT = ("tests/kernels/test_cuda_device.py", "-k", "window or padded or append or (float8 and mixed)")
 # Programs, arguments, and seconds after which a step is given up: 9 minutes in all.
 STEPS: dict[str, tuple[tuple[str, ...], int]] = {
-    "build": ((*PYTHON, "-m", "pagestream.kernels.build", "--cuda"), 130),
+    "build": ((*PYTHON, "-m", "pagestream.kernels.build", "--cuda"), 110),
     "operators": ((*PYTEST, "tests/kernels"), 100),
-    "memcheck": (("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *PYTEST, *SHORT), 60),
-    "racecheck": (("compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9", *PYTEST, *SHORT), 60),
+    "memcheck": ((*SANITIZER, "--tool", "memcheck", *PYTEST, *SHORT), 60),
+    "racecheck": ((*SANITIZER, "--tool", "racecheck", *PYTEST, *SHORT), 60),
     "benchmark": ((*PYTHON, "-m", "pagestream.kernels.bench_cuda"), 160),
-    "model": ((*PYTEST, "tests/model/test_devices.py"), 30),
+    "model": ((*PYTEST, "tests/model/test_devices.py"), 50),
 }
 
 
