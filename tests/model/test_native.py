@@ -125,6 +125,11 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelConfig, Weight
     ) -> None:
         reference.paged_attention(*tensors, scale, window, out, None, None, **scales)
 
+    def append(
+        *tensors: torch.Tensor, norm_weight: torch.Tensor | None, epsilon: float, **scales: torch.Tensor | None
+    ) -> None:
+        reference.append_kv(*tensors[:3], norm_weight, epsilon, *tensors[3:], **scales)
+
     def linear(*tensors: torch.Tensor, out: torch.Tensor) -> None:
         reference.quantized_linear(*tensors, out)
 
@@ -133,7 +138,7 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelConfig, Weight
             patch.setattr(network_module, "native_decoder", lambda *_: None)
             network = Network(config, weights)
         monkeypatch.setattr(kernels, "paged_attention", attention)
-        monkeypatch.setattr(kernels, "store_kv", reference.store_kv)
+        monkeypatch.setattr(kernels, "append_kv", append)
         monkeypatch.setattr(kernels, "quantized_linear", linear)
         return network
 
