@@ -46,7 +46,9 @@ torch.library.define(
     "Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None) -> ()",
 )
 torch.library.define(
-    "pagestream::quantized_linear", "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()"
+    "pagestream::quantized_linear",
+    "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out, "
+    "int prefill_rows) -> ()",
 )
 torch.library.impl("pagestream::paged_attention", "CompositeExplicitAutograd", reference.paged_attention)
 torch.library.impl("pagestream::store_kv", "CompositeExplicitAutograd", reference.store_kv)
@@ -228,12 +230,24 @@ def plan_attention(
     )
 
 
-def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, *, out: Tensor) -> None:  # noqa: A002
+def quantized_linear(
+    input: Tensor,  # noqa: A002
+    codes: Tensor,
+    scales: Tensor,
+    mins: Tensor | None,
+    *,
+    out: Tensor,
+    prefill_rows: int = 0,
+) -> None:
     """`out` [M, N] = `input` [M, K] times the transpose of a weight [N, K] packed as in packing.py (8-bit: no mins).
 
     The input is rounded to integers, symmetric, for each row and span of 256: x = s * q, s = max |x| / 2039. A group's
     dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
-    beside it; a NaN in a row makes the row NaN. `input` and `out` share one of float32, bfloat16, float16.
+    beside it; a NaN in a row makes the row NaN.
+
+    The last `prefill_rows` rows may have another, faster arithmetic, where the machine has one (AMX): they and the
+    weights are rounded to bfloat16, products are added in float32 in the order of the inputs. They are those of a prompt;
+    a row's bits then depend on its kind, not on how many there are. Elsewhere nothing changes. `input` and `out` share one of float32, bfloat16, float16.
     Raises ValueError for a wrong dtype, device, layout or shape.
     """
     check_floats(("input", input), ("out", out))
@@ -244,8 +258,10 @@ def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor 
     check_shape(("input", input, (rows, codes.shape[1] * packing.GROUP)), ("out", out, (rows, out.shape[1])))
     if -(-out.shape[1] // packing.BLOCK) != blocks:
         raise ValueError(f"out has {out.shape[1]} columns, codes {blocks} blocks of {packing.BLOCK}")
+    if not 0 <= prefill_rows <= rows:
+        raise ValueError(f"prefill_rows is {prefill_rows} of {rows}")
     load_kernels(input)
-    torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out)
+    torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out, prefill_rows)
 
 
 def _has_kernel(query: Tensor, key_cache: Tensor) -> bool:

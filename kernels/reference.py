@@ -109,7 +109,14 @@ def paged_attention(
                 page_masses[rows] = _page_masses(weights, page_size, page_masses.shape[2])
 
 
-def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) -> None:  # noqa: A002
+def quantized_linear(
+    input: Tensor,  # noqa: A002
+    codes: Tensor,
+    scales: Tensor,
+    mins: Tensor | None,
+    out: Tensor,
+    _prefill_rows: int = 0,
+) -> None:
     rows = torch.arange(out.shape[1], device=out.device)
     weight = packing.unpack_rows(codes, scales, mins, rows)  # float32 [N, K]
     out.copy_((packing.round_input(input.float()).double() @ weight.double().T).to(out.dtype))

@@ -22,8 +22,10 @@ from pagestream.model.weights import LayerWeights, Weights
 class Network:
     """T: rows of the batch; Hq, Hkv: query and key/value heads; D: head size; E: hidden size; V: vocabulary."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, *, deterministic: bool = False) -> None:
+        """`deterministic`: prompts are multiplied as answers are, whatever the machine could do."""
         self._config = config
+        self._deterministic = deterministic
         self._weights = weights
         self._rope = RotaryEmbedding(config, weights.norm.device)
         self._windows = config.windows
@@ -46,6 +48,7 @@ class Network:
                 batch.context_lengths,
                 batch.block_tables,
                 batch.sampled_rows,
+                prefill_rows=0 if self._deterministic else batch.prefill_rows,
                 caches=cache.rows,
                 scales=cache.scales,
                 observation=observation,

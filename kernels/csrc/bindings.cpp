@@ -179,7 +179,7 @@ pagestream::PackedWeight packed_weight(const Tensor& codes, const Tensor& scales
 }
 
 LinearParams make_params(const Tensor& input, const Tensor& codes, const Tensor& scales,
-                         const std::optional<Tensor>& mins, const Tensor& out) {
+                         const std::optional<Tensor>& mins, const Tensor& out, int64_t prefill_rows) {
   LinearParams p;
   p.input = input.data_ptr();
   p.out = out.data_ptr();
@@ -187,6 +187,7 @@ LinearParams make_params(const Tensor& input, const Tensor& codes, const Tensor&
   p.input_stride = input.stride(0);
   p.out_stride = out.stride(0);
   p.rows = input.size(0);
+  p.prefill_rows = selected.linear->has_prefill ? prefill_rows : 0;
   p.outputs = out.size(1);
   p.dtype = dtype_of(input);
   return p;
@@ -195,10 +196,11 @@ LinearParams make_params(const Tensor& input, const Tensor& codes, const Tensor&
 struct LinearScratch {};
 
 void quantized_linear(const Tensor input, const Tensor codes, const Tensor scales, const std::optional<Tensor> mins,
-                      const Tensor out) {
-  LinearParams p = make_params(input, codes, scales, mins, out);
+                      const Tensor out, int64_t prefill_rows) {
+  LinearParams p = make_params(input, codes, scales, mins, out, prefill_rows);
   const int64_t threads = torch::stable::get_num_threads(), groups = p.weight.groups;
-  place_quantized(p, pagestream::thread_buffer<LinearScratch>(pagestream::quantized_bytes(p.rows, groups)));
+  const int64_t bytes = pagestream::quantized_bytes(p.rows, p.prefill_rows, groups);
+  place_quantized(p, pagestream::thread_buffer<LinearScratch>(bytes));
   constexpr int64_t kGroupsAtOnce = 256;  // some microseconds: less is not worth sharing
   parallel_for(p.rows, kGroupsAtOnce / groups + 1, threads,
                [&](int64_t begin, int64_t end) { selected.linear->quantize(p, begin, end); });
@@ -212,7 +214,7 @@ const T* data_of(const Tensor& tensor) {
 
 void decode(const Tensor model, double epsilon, double magnitude, const Tensor token_ids, const Tensor positions,
             const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
-            const Tensor sampled_rows, const Tensor caches, const std::optional<Tensor> scales, const Tensor logits,
+            const Tensor sampled_rows, int64_t prefill_rows, const Tensor caches, const std::optional<Tensor> scales, const Tensor logits,
             const Tensor seconds, const std::optional<Tensor> observed, const std::optional<Tensor> spans,
             const std::optional<Tensor> means, const std::optional<Tensor> page_masses,
             const std::optional<Tensor> span_shares) {
@@ -222,6 +224,7 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
   s.token_ids = data_of<int64_t>(token_ids);
   s.positions = data_of<int64_t>(positions);
   s.slots = data_of<int64_t>(slots);
+  s.prefill_rows = prefill_rows;
   s.sampled_rows = data_of<int64_t>(sampled_rows);
   s.num_sampled = sampled_rows.size(0);
   s.logits = static_cast<float*>(logits.data_ptr());
