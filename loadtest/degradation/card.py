@@ -16,6 +16,7 @@ from pagestream.loadtest.degradation.quality import score_all, summarize_fillers
 from pagestream.loadtest.degradation.server import NotReportedError, Server
 from pagestream.loadtest.degradation.text import NAME, read_text, words_of
 from pagestream.loadtest.manifest import environment
+from pagestream.loadtest.scrape import MetricsPage
 from pagestream.loadtest.shapes import Vocabulary
 from pagestream.loadtest.statistics import Interval
 
@@ -57,7 +58,7 @@ def measure_card(
     server: Server,
     parts: Sequence[str],
     effort: Effort,
-    metrics: str | None,
+    metrics: MetricsPage | None,
     seed: int,
     progress: Progress[Any],
     reference: Server | None = None,

@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import track
 
+from pagestream.loadtest.credentials import Credentials
 from pagestream.loadtest.degradation.card import FULL, PARTS, QUICK, disagreements, measure_card
 from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.server import Server
 from pagestream.loadtest.degradation.tasks import DEPTHS, FILLERS
+from pagestream.loadtest.scrape import MetricsPage
 
 CONFIDENCE = 0.95  # of every interval
 
@@ -32,6 +34,7 @@ def draw_card(
     only: Sequence[str] | None,
     against: Path | None,
     seed: int,
+    credentials: Credentials,
     *,
     quick: bool,
     reference: str | None,
@@ -47,15 +50,15 @@ def draw_card(
         raise DegradationError("control needs a --reference")
     other = _read(against) if against else None
     with ExitStack() as stack:
-        server = stack.enter_context(Server(_address(target)))
-        control = stack.enter_context(Server(_address(reference))) if reference else None
+        server = stack.enter_context(Server(_address(target), credentials))
+        control = stack.enter_context(Server(_address(reference), credentials)) if reference else None
         name = Path(server.model()["name"]).name
         document = folder / f"{name}.json"
         kept = _read(document) if only and document.exists() else {}
-        effort = QUICK if quick else FULL
+        effort, page = QUICK if quick else FULL, MetricsPage(metrics, credentials)
         if trials is not None:
             effort = replace(effort, groups=trials, passkey_groups=max(len(FILLERS), trials // len(DEPTHS)))
-        card = {**kept, **measure_card(server, parts, effort, metrics, seed, _progress, control)}
+        card = {**kept, **measure_card(server, parts, effort, page, seed, _progress, control)}
     if kept and kept["model"] != card["model"]:
         raise DegradationError(f"{document} is of another model or setting: {kept['model']}")
     for path in write(card, folder, name, json.dumps(card, indent=1) + "\n"):

@@ -183,7 +183,11 @@ class Simulation:
         assert answering <= preempted | set(chosen), "every answer goes on in every step"
         assert all(chunk.length >= 1 for chunk in plan.chunks)
         assert plan.num_tokens <= self.token_budget
-        assert answering.isdisjoint(chosen[len(answering - preempted) :]), "decodes come first"
+        kinds = [chunk.is_prefill for chunk in plan.chunks]
+        assert kinds == sorted(kinds), "tokens of prompts come last"
+        assert all(chunk.end <= chunk.num_prompt_tokens for chunk in plan.chunks if chunk.is_prefill), (
+            "and among theirs"
+        )
 
         result = self.runner.step(plan)
         if plan.chunks and self.steps % 3 == 0:  # as after a fault
@@ -206,6 +210,12 @@ class Simulation:
         self.scheduler.check_integrity()
         assert self.pool.num_free + self.pool.num_cached + self.pool.num_active == self.pool.num_blocks
         assert self.pool.num_references == self.scheduler.num_held_references
+        waiting = self.scheduler.waiting
+        tokens = [(request.tenant, request.num_tokens) for request in waiting]
+        assert Counter(dict.fromkeys(waiting.tenants, 0)) + Counter(t for t, _ in tokens) == {
+            tenant: demand.requests for tenant, demand in waiting.tenants.items()
+        }
+        assert sum(n for _, n in tokens) == sum(demand.tokens for demand in waiting.tenants.values())
 
     def run_to_the_end(self) -> None:
         while self.scheduler.has_work or self.scheduler.paused:
