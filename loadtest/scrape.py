@@ -53,8 +53,8 @@ def total(series: Series, name: str, **labels: str) -> float:
 
 
 def deltas(before: Series, after: Series) -> Series:
-    """What counters and histograms grew by. Series that did not move are left out, but for buckets: the edge of an empty
-    one is where the next begins. Gauges are meaningless here."""
+    """What counters and histograms grew by. Series that did not move are left out, but for buckets: the edge of an
+    empty one is where the next begins. Gauges are meaningless here."""
     grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
     counts = ("_total", "_count", "_sum")
     return {key: v for key, v in grown.items() if key[0].endswith("_bucket") or (v and key[0].endswith(counts))}
