@@ -30,8 +30,8 @@ torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
     "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, int prefill_rows, "
-    "Tensor(a!) caches, Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, Tensor(e!)? means, "
-    "Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
+    "Tensor(a!) caches, Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, "
+    "Tensor(e!)? means, Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
 )
 
 
@@ -134,7 +134,8 @@ class Decoder:
         `paged_attention` and `store_kv` take them. `caches` [L, P, Hkv, 2, B, D]: for each layer, page and head the
         keys, then the values; those of int8 need `scales` float32 [L, P, Hkv, 2, B]. The last `prefill_rows` rows are
         multiplied as `quantized_linear` says, all but in `lm_head`. A row's result depends on which of the two kinds it
-        and those before it are of, not on the rows beside it, nor on the number of threads. `observation` receives what it asks for and changes no bit.
+        and those before it are of, not on the rows beside it, nor on the number of threads. `observation` receives
+        what it asks for and changes no bit.
         Raises ValueError for a wrong dtype, layout or shape and for ids that point outside; then nothing is written.
         """
         rows = (("token_ids", token_ids), ("positions", positions), ("slots", slots))

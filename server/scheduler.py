@@ -239,7 +239,7 @@ class Scheduler:
             return
         request_blocks.take_cached(self._pool, request, length)
         length = min(length, request.num_uncomputed)
-        if request.num_computed < request.answer_start:  # a prompt's tokens have an arithmetic of their own
+        if request.num_computed < request.answer_start:  # prompts have an arithmetic of their own
             length = min(length, request.answer_start - request.num_computed)
         if request.given:
             length = given.most_tokens(request, length, planned.values())
