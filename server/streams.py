@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
+from collections import deque
 from collections.abc import AsyncIterator
 
 from pagestream.server.errors import AbortedError
@@ -68,7 +71,10 @@ class Streams:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._publications: deque[Publication] = deque()
+        self._eventfd = os.eventfd(0)
+        self._wake = ctypes.PyDLL(None).eventfd_write
+        loop.add_reader(self._eventfd, self._deliver)
         self._mailboxes: dict[Job, Mailbox] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -102,10 +108,13 @@ class Streams:
         await self._empty.wait()
 
     def publish(self, publication: Publication) -> None:
-        self._loop.call_soon_threadsafe(self._deliver, publication)
+        self._publications.append(publication)
+        self._wake(self._eventfd, ctypes.c_uint64(1))
 
-    def _deliver(self, publication: Publication) -> None:
-        for job, event in publication:
-            mailbox = self._mailboxes.get(job)
-            if mailbox is not None:  # the client may have gone meanwhile
-                mailbox.put(event)
+    def _deliver(self) -> None:
+        os.eventfd_read(self._eventfd)
+        while self._publications:
+            for job, event in self._publications.popleft():
+                mailbox = self._mailboxes.get(job)
+                if mailbox is not None:  # the client may have gone meanwhile
+                    mailbox.put(event)
