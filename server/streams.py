@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
-from collections import deque
+import contextlib
+import queue
+import threading
 from collections.abc import AsyncIterator
 
 from pagestream.server.errors import AbortedError
@@ -67,14 +67,15 @@ def merge(deltas: list[Delta]) -> Delta:
 class Streams:
     """All mailboxes, by job: a request id may be in use again while the reader of its last answer is slow.
 
-    `publish` may be called from any thread and costs the loop one wake-up for a whole step.
+    `publish` may be called from any thread and costs the loop one wake-up for a whole step. It does not let go of the
+    interpreter, as `call_soon_threadsafe` does: the loop would take it there and then, between two steps. A courier
+    knocks at the loop instead, as soon as the engine lets go, which is while the kernels run.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._publications: deque[Publication] = deque()
-        self._eventfd = os.eventfd(0)
-        self._wake = ctypes.PyDLL(None).eventfd_write
-        loop.add_reader(self._eventfd, self._deliver)
+        self._loop = loop
+        self._publications: queue.SimpleQueue[Publication] = queue.SimpleQueue()
+        threading.Thread(target=self._carry, name="courier", daemon=True).start()
         self._mailboxes: dict[Job, Mailbox] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -108,13 +109,15 @@ class Streams:
         await self._empty.wait()
 
     def publish(self, publication: Publication) -> None:
-        self._publications.append(publication)
-        self._wake(self._eventfd, ctypes.c_uint64(1))
+        self._publications.put(publication)
 
-    def _deliver(self) -> None:
-        os.eventfd_read(self._eventfd)
-        while self._publications:
-            for job, event in self._publications.popleft():
-                mailbox = self._mailboxes.get(job)
-                if mailbox is not None:  # the client may have gone meanwhile
-                    mailbox.put(event)
+    def _carry(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            while True:
+                self._loop.call_soon_threadsafe(self._deliver, self._publications.get())
+
+    def _deliver(self, publication: Publication) -> None:
+        for job, event in publication:
+            mailbox = self._mailboxes.get(job)
+            if mailbox is not None:  # the client may have gone meanwhile
+                mailbox.put(event)
