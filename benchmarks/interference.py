@@ -53,6 +53,13 @@ class Call:
 
 @contextlib.contextmanager
 def server(*flags: str) -> Iterator[str]:
+    with server_process(*flags) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def server_process(*flags: str) -> Iterator[tuple[str, int]]:
+    """Its address and process id."""
     command = [sys.executable, "-m", "pagestream.server", "serve", "--grpc-port", "0", "--http-port", "0", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own server
     try:
@@ -64,7 +71,7 @@ def server(*flags: str) -> Iterator[str]:
                 break
         else:
             raise RuntimeError(f"the server ended with {process.wait()}")
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.communicate()

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -19,15 +20,22 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)  # noqa: S607
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip(),
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _commit() -> str:
+    """Empty outside a checkout, and on a machine without git."""
+    if (git := shutil.which("git")) is None:
+        return ""
+    command = [git, "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603 - the user's own git
 
 
 def _cpu_name() -> str:

@@ -29,8 +29,8 @@ _PART_FIELDS = 5
 torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
-    "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, Tensor(a!) caches, "
-    "Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, Tensor(e!)? means, "
+    "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, int prefill_rows, "
+    "Tensor(a!) caches, Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, Tensor(e!)? means, "
     "Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
 )
 
@@ -123,6 +123,7 @@ class Decoder:
         block_tables: Tensor,
         sampled_rows: Tensor,
         *,
+        prefill_rows: int = 0,
         caches: Tensor,
         scales: Tensor | None = None,
         observation: Observation | None = None,
@@ -131,8 +132,9 @@ class Decoder:
 
         `token_ids`, `positions`, `slots` int64 [T]; `query_starts`, `context_lengths`, `block_tables` and slots as
         `paged_attention` and `store_kv` take them. `caches` [L, P, Hkv, 2, B, D]: for each layer, page and head the
-        keys, then the values; those of int8 need `scales` float32 [L, P, Hkv, 2, B]. A row's result does not depend on
-        the rows beside it, nor on the number of threads. `observation` receives what it asks for and changes no bit.
+        keys, then the values; those of int8 need `scales` float32 [L, P, Hkv, 2, B]. The last `prefill_rows` rows are
+        multiplied as `quantized_linear` says, all but in `lm_head`. A row's result depends on which of the two kinds it
+        and those before it are of, not on the rows beside it, nor on the number of threads. `observation` receives what it asks for and changes no bit.
         Raises ValueError for a wrong dtype, layout or shape and for ids that point outside; then nothing is written.
         """
         rows = (("token_ids", token_ids), ("positions", positions), ("slots", slots))
@@ -164,6 +166,7 @@ class Decoder:
             context_lengths,
             block_tables,
             sampled_rows,
+            prefill_rows,
             caches,
             scales,
             logits,

@@ -37,14 +37,18 @@ torch.library.define(
     "(Tensor query_starts, Tensor context_lengths, int num_heads, int num_kv_heads, int head_size, int window, "
     "Tensor(a!) workspace) -> ()",
 )
-torch.library.define("pagestream::attention_workspace_size", "(Tensor query) -> int")
+torch.library.define(
+    "pagestream::attention_workspace_size", "(Tensor query, Tensor? page_masses=None, int page_size=16) -> int"
+)
 torch.library.define(
     "pagestream::store_kv",
     "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, "
     "Tensor(c!)? key_scales=None, Tensor(d!)? value_scales=None) -> ()",
 )
 torch.library.define(
-    "pagestream::quantized_linear", "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out) -> ()"
+    "pagestream::quantized_linear",
+    "(Tensor input, Tensor codes, Tensor scales, Tensor? mins, Tensor(a!) out, "
+    "int prefill_rows) -> ()",
 )
 torch.library.impl("pagestream::paged_attention", "CompositeExplicitAutograd", reference.paged_attention)
 torch.library.impl("pagestream::store_kv", "CompositeExplicitAutograd", reference.store_kv)
@@ -55,7 +59,7 @@ def _nothing_to_shape(*_args: object) -> None:
     """Fake implementation: everything is written in place."""
 
 
-def _no_workspace(_query: Tensor) -> int:
+def _no_workspace(_query: Tensor, _page_masses: Tensor | None = None, _page_size: int = 16) -> int:
     return 0
 
 
@@ -139,7 +143,7 @@ def paged_attention(
     a bit of `out`.
 
     `workspace`: planned by `plan_attention` for these lengths, heads and window, which saves a GPU planning anew in
-    each layer, and allocating. Without one the call sees to it itself.
+    each layer, and allocating: then nothing does. Without one the call sees to it itself.
 
     Raises ValueError for a wrong dtype, device, layout, shape or value of `window`, and for lengths or page ids that
     point outside the tensors (the reference: IndexError, and only where it meets one; CUDA: unchecked, as nothing is
@@ -185,11 +189,15 @@ def paged_attention(
     )
 
 
-def attention_workspace(query: Tensor) -> Tensor:
+def attention_workspace(query: Tensor, *, page_masses: Tensor | None = None, page_size: int = 16) -> Tensor:
     """What `paged_attention` needs besides its arguments for any batch on this device whose queries have the head size
-    of `query` `[T, Hq, D]`: float32, made once and planned in each step. Without elements where none is needed."""
+    of `query` `[T, Hq, D]`: float32, made once and planned in each step. Without elements where none is needed.
+
+    `page_masses` `[T, Hq, M]`: the largest that calls will be given, for pages of `page_size`; a call whose page masses
+    do not fit raises RuntimeError.
+    """
     load_kernels(query)
-    size = torch.ops.pagestream.attention_workspace_size.default(query)
+    size = torch.ops.pagestream.attention_workspace_size.default(query, page_masses, page_size)
     return torch.empty(size, dtype=torch.float32, device=query.device)
 
 
@@ -222,12 +230,24 @@ def plan_attention(
     )
 
 
-def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, *, out: Tensor) -> None:  # noqa: A002
+def quantized_linear(
+    input: Tensor,  # noqa: A002
+    codes: Tensor,
+    scales: Tensor,
+    mins: Tensor | None,
+    *,
+    out: Tensor,
+    prefill_rows: int = 0,
+) -> None:
     """`out` [M, N] = `input` [M, K] times the transpose of a weight [N, K] packed as in packing.py (8-bit: no mins).
 
     The input is rounded to integers, symmetric, for each row and span of 256: x = s * q, s = max |x| / 2039. A group's
     dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
-    beside it; a NaN in a row makes the row NaN. `input` and `out` share one of float32, bfloat16, float16.
+    beside it; a NaN in a row makes the row NaN.
+
+    The last `prefill_rows` rows may have another, faster arithmetic, where the machine has one (AMX): they and the
+    weights are rounded to bfloat16, products are added in float32 in the order of the inputs. They are those of a prompt;
+    a row's bits then depend on its kind, not on how many there are. Elsewhere nothing changes. `input` and `out` share one of float32, bfloat16, float16.
     Raises ValueError for a wrong dtype, device, layout or shape.
     """
     check_floats(("input", input), ("out", out))
@@ -238,16 +258,22 @@ def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor 
     check_shape(("input", input, (rows, codes.shape[1] * packing.GROUP)), ("out", out, (rows, out.shape[1])))
     if -(-out.shape[1] // packing.BLOCK) != blocks:
         raise ValueError(f"out has {out.shape[1]} columns, codes {blocks} blocks of {packing.BLOCK}")
+    if not 0 <= prefill_rows <= rows:
+        raise ValueError(f"prefill_rows is {prefill_rows} of {rows}")
     load_kernels(input)
-    torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out)
+    torch.ops.pagestream.quantized_linear.default(input, codes, scales, mins, out, prefill_rows)
 
 
 def _has_kernel(query: Tensor, key_cache: Tensor) -> bool:
     """What the kernels of a device do not take, the reference serves there too."""
     if not query.is_cuda:
         return key_cache.dtype != FLOAT8
-    pairs = {(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, FLOAT8)}
-    return (query.dtype, key_cache.dtype) in pairs and query.shape[2] in _GPU_HEAD_SIZES
+    return gpu_takes(query.dtype, key_cache.dtype) and query.shape[2] in _GPU_HEAD_SIZES
+
+
+def gpu_takes(rows: torch.dtype, cache: torch.dtype) -> bool:
+    """Which queries, keys and values the CUDA kernels take, and with which caches."""
+    return rows != torch.float32 and cache in (rows, FLOAT8)
 
 
 def load_kernels(tensor: Tensor) -> None:

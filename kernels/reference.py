@@ -60,10 +60,12 @@ def append_kv(
         query_key = torch.nn.functional.rms_norm(query_key, (head_size,), eps=epsilon) * norm_weight.float()
     swapped = query_key.roll(head_size // 2, -1)
     rotated = query_key * cos[:, None] + swapped * signed_sin[:, None]
-    key = _divide(rotated[:, num_heads:], key_scales)
-    value = _divide(heads[:, -num_kv_heads:], value_scales)
-    store_kv(key, value, key_cache, value_cache, slots)
     heads[:, :num_heads] = rotated[:, :num_heads].to(heads.dtype)
+    key, value = rotated[:, num_heads:], heads[:, -num_kv_heads:]
+    if key_cache.dtype == torch.int8:
+        store_kv(key, value, key_cache, value_cache, slots, key_scales, value_scales)
+    else:
+        store_kv(_divide(key, key_scales), _divide(value, value_scales), key_cache, value_cache, slots)
 
 
 def _divide(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -107,7 +109,14 @@ def paged_attention(
                 page_masses[rows] = _page_masses(weights, page_size, page_masses.shape[2])
 
 
-def quantized_linear(input: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None, out: Tensor) -> None:  # noqa: A002
+def quantized_linear(
+    input: Tensor,  # noqa: A002
+    codes: Tensor,
+    scales: Tensor,
+    mins: Tensor | None,
+    out: Tensor,
+    _prefill_rows: int = 0,
+) -> None:
     rows = torch.arange(out.shape[1], device=out.device)
     weight = packing.unpack_rows(codes, scales, mins, rows)  # float32 [N, K]
     out.copy_((packing.round_input(input.float()).double() @ weight.double().T).to(out.dtype))

@@ -21,10 +21,13 @@ class Batch:
     context_lengths: torch.Tensor  # [S] int32, the rows of this step included
     block_tables: torch.Tensor  # [S, M] int32 pages in order; entries past the context are never read
     sampled_rows: torch.Tensor  # [R] int64, rising: the rows behind which tokens are chosen
+    prefill_rows: int  # how many of the last rows are tokens of prompts
 
 
 def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
-    """Raises ValueError for a chunk whose blocks do not hold its positions: they would go to another's page."""
+    """Raises ValueError for a chunk whose blocks do not hold its positions: they would go to another's page; and for
+    tokens of a prompt that are not the last rows, because they would be multiplied as an answer's or the other way round.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -32,11 +35,16 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
     context_lengths: list[int] = []
     tables: list[Sequence[int]] = []
     sampled_rows: list[int] = []
+    prefill_rows = 0
     for chunk in plan.chunks:
         end, blocks = chunk.end, chunk.block_ids
         pages = -(-end // page_size)
         if len(blocks) < pages:
             raise ValueError(f"{chunk.request_id}: {len(blocks)} blocks for {end} positions")
+        if chunk.is_prefill:
+            prefill_rows += chunk.length
+        if not chunk.is_prefill and prefill_rows or chunk.is_prefill and end > chunk.num_prompt_tokens:
+            raise ValueError(f"{chunk.request_id}: rows {chunk.start} to {end} of a prompt of {chunk.num_prompt_tokens}")
         token_ids += chunk.tokens_between(chunk.start, end)
         positions += range(chunk.start, end)
         for page in range(chunk.start // page_size, pages):
@@ -62,4 +70,5 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
         context_lengths=to_device(context_lengths, np.int32),
         block_tables=to_device(block_tables, np.int32),
         sampled_rows=to_device(sampled_rows, np.int64),
+        prefill_rows=prefill_rows,
     )

@@ -19,9 +19,9 @@ class Runner:
     batch, as long as what precedes it is in the cache.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache, *, deterministic: bool = False) -> None:
         self._config = config
-        self._network = Network(config, weights)
+        self._network = Network(config, weights, deterministic=deterministic)
         self._cache = cache
         self._device = weights.norm.device
 

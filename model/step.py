@@ -57,7 +57,7 @@ class Chunk:
 
     request_id: str
     tokens: Sequence[int]  # all known tokens, prompt then output; a live view: read it only during the step
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # without a given answer
     start: int  # tokens before this position are in the cache
     length: int  # of `tokens` and then `proposed`
     block_ids: Sequence[int]  # pages of the request in order; hold positions 0 .. start + length - 1
@@ -96,9 +96,14 @@ class Chunk:
         return min(self.end, len(self.tokens)) - 1
 
     @property
+    def is_prefill(self) -> bool:
+        """Whether it computes tokens of the prompt; if so, no others."""
+        return self.start < self.num_prompt_tokens
+
+    @property
     def is_decode(self) -> bool:
         """Whether it computes the latest token of an answer, and nothing that was known before it."""
-        return self.start >= self.num_prompt_tokens and self.length == 1 + len(self.proposed)
+        return not self.is_prefill and not self.given and self.length == 1 + len(self.proposed)
 
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Known and proposed tokens of positions `start` to `end`, which lies behind `start`."""
@@ -111,7 +116,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: every chunk runs in one batch. Decodes come first, then prompt chunks."""
+    """One step: every chunk runs in one batch. Tokens of prompts come behind all others."""
 
     chunks: tuple[Chunk, ...]
 

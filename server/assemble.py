@@ -53,6 +53,7 @@ def assemble(
         token_budget=config.token_budget,
         kv_memory=config.kv_memory,
         cache_dir=config.cache_dir,
+        deterministic=config.deterministic,
         progress=_LoadProgress(),
     )
     if config.deterministic and not loaded.is_row_invariant:

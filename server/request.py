@@ -91,6 +91,11 @@ class Request:
         return len(self.prompt)
 
     @property
+    def answer_start(self) -> int:
+        """Where the tokens of the answer begin, chosen or given."""
+        return self.num_prompt_tokens - max(len(self.given) - 1, 0)
+
+    @property
     def num_tokens(self) -> int:
         return len(self.tokens)
 

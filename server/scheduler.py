@@ -141,7 +141,8 @@ class Scheduler:
             self._plan_chunk(request, length, planned)
         if self._speculation and not prompts and not self._waiting:
             add_proposals(self._pool, planned, self.token_budget)
-        chosen = {request: chunk for request, chunk in planned.items() if request.state is RequestState.RUNNING}
+        running = [item for item in planned.items() if item[0].state is RequestState.RUNNING]
+        chosen = dict(sorted(running, key=lambda item: item[1].is_prefill))
         plan = StepPlan(tuple(chosen.values()))
         self._in_flight = (plan, tuple(chosen))
         return plan
@@ -238,6 +239,8 @@ class Scheduler:
             return
         request_blocks.take_cached(self._pool, request, length)
         length = min(length, request.num_uncomputed)
+        if request.num_computed < request.answer_start:  # a prompt's tokens have an arithmetic of their own
+            length = min(length, request.answer_start - request.num_computed)
         if request.given:
             length = given.most_tokens(request, length, planned.values())
         missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)
@@ -248,7 +251,7 @@ class Scheduler:
         planned[request] = Chunk(
             request_id=request.request_id,
             tokens=request.tokens,
-            num_prompt_tokens=request.num_prompt_tokens,
+            num_prompt_tokens=request.answer_start,
             start=request.num_computed,
             length=length,
             block_ids=request.block_ids,

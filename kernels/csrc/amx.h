@@ -48,6 +48,22 @@ inline void configure_tiles(const TileShape (&shapes)[8]) {
   finish_stores();
   _tile_loadconfig(&config);
 }
+
+// As instructions: g++ takes numbers of tiles from the source text alone, not from a template.
+template <int kTile>
+inline void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+
+template <int kTile>
+inline void load_tile(const void* from, int64_t stride) {
+  __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(from), "r"(stride) : "memory");
+}
+
+template <int kTile>
+inline void store_tile(void* to, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(to), "r"(stride) : "memory");
+}
 #endif
 
 }  // namespace

@@ -1,4 +1,5 @@
 // The loop over the layers: products that all threads share, and between them one pass over each row.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -33,7 +34,12 @@ int64_t widest(const DecoderModel& m) {
 class Decoder {
  public:
   Decoder(const Kernels& kernels, const DecoderModel& model, const DecoderStep& step, int64_t threads)
-      : kernels_(kernels), m_(model), s_(step), threads_(threads), rows_(step.attention.num_tokens) {
+      : kernels_(kernels),
+        m_(model),
+        s_(step),
+        threads_(threads),
+        rows_(step.attention.num_tokens),
+        prefill_rows_(kernels.linear->has_prefill ? step.prefill_rows : 0) {
     heads_width_ = (m_.num_heads + 2 * m_.num_kv_heads) * m_.head_size;
     attended_width_ = m_.num_heads * m_.head_size;
     const int64_t widths[] = {m_.hidden_size,    m_.hidden_size,           heads_width_,
@@ -42,7 +48,7 @@ class Decoder {
     float** const buffers[] = {&hidden_, &delta_, &heads_, &attended_, &gate_up_, &cos_, &sin_};
     int64_t floats = 0;
     for (int64_t width : widths) floats += rows_ * width;
-    const int64_t quantized = quantized_bytes(rows_, widest(m_) / kGroup);
+    const int64_t quantized = quantized_bytes(rows_, prefill_rows_, widest(m_) / kGroup);
     quantized_ = thread_buffer<DecoderScratch>(quantized + floats * int64_t{sizeof(float)});
     float* next = reinterpret_cast<float*>(quantized_ + quantized);
     for (size_t i = 0; i < std::size(widths); next += rows_ * widths[i++]) *buffers[i] = next;
@@ -67,6 +73,7 @@ class Decoder {
       multiply_rows(layer.down, delta_, m_.hidden_size);
       bias = layer.down.bias;
     }
+    prefill_rows_ = 0;
     norm(delta_, bias, m_.norm, m_.lm_head);
     multiply_rows(m_.lm_head, s_.logits, m_.vocab_size);
   }
@@ -87,6 +94,7 @@ class Decoder {
     p.input = from;
     p.input_stride = stride;
     p.rows = rows_;
+    p.prefill_rows = prefill_rows_;
     p.dtype = DType::kFloat32;
     place_quantized(p, quantized_);
     return p;
@@ -186,6 +194,8 @@ class Decoder {
 
   // Once the last keys are stored, only rows whose logits are wanted go on.
   void keep_sampled_rows() {
+    const int64_t* end = s_.sampled_rows + s_.num_sampled;
+    prefill_rows_ = end - std::lower_bound(s_.sampled_rows, end, rows_ - prefill_rows_);
     rows_ = s_.num_sampled;
     for (int64_t i = 0; i < rows_; ++i) {
       const int64_t from = s_.sampled_rows[i];  // never before i
@@ -209,7 +219,7 @@ class Decoder {
   const DecoderModel& m_;
   const DecoderStep& s_;
   const int64_t threads_;
-  int64_t rows_;
+  int64_t rows_, prefill_rows_;
   int64_t heads_width_, attended_width_;
   float *hidden_, *delta_, *heads_, *attended_, *gate_up_, *cos_, *sin_;
   char* quantized_;
@@ -228,6 +238,8 @@ void check(const DecoderModel& m, const DecoderStep& s) {
       throw std::invalid_argument("slots: " + std::to_string(s.slots[i]) + " of row " + std::to_string(i) +
                                   " is outside the cache of " + std::to_string(capacity) + " slots");
   }
+  if (s.prefill_rows < 0 || s.prefill_rows > rows)
+    throw std::invalid_argument("prefill_rows is " + std::to_string(s.prefill_rows) + " of " + std::to_string(rows));
   for (int64_t i = 0; i < s.num_sampled; ++i)
     if (s.sampled_rows[i] < (i == 0 ? 0 : s.sampled_rows[i - 1] + 1) || s.sampled_rows[i] >= rows)
       throw std::invalid_argument("sampled_rows must increase and name rows; entry " + std::to_string(i) + " is " +

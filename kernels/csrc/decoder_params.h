@@ -56,6 +56,7 @@ struct Observation {
 
 struct DecoderStep {
   const int64_t *token_ids, *positions, *slots;  // [T]
+  int64_t prefill_rows;                          // the last of the T rows, multiplied as such (linear_params.h)
   const int64_t* sampled_rows;                   // [R], increasing
   int64_t num_sampled;                           // R
   float* logits;                                 // [R, V]

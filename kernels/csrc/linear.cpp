@@ -9,6 +9,7 @@
 #include "linear_block.h"
 #if defined(__AMX_INT8__)
 #include "linear_amx.h"
+#include "linear_prefill.h"
 #endif
 
 namespace {
@@ -68,8 +69,16 @@ void run_blocks(const LinearParams& p, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) run_block<kBits>(p, block, 0);
 }
 
+template <int kBits>
+void run_kinds(const LinearParams& p, int64_t begin, int64_t end) {
+  run_blocks<kBits>(integer_rows(p), begin, end);
+#if defined(__AMX_BF16__)
+  if (p.prefill_rows > 0) run_panels<kBits>(prefill_rows(p), begin, end);
+#endif
+}
+
 void run(const LinearParams& p, int64_t begin, int64_t end) {
-  p.weight.mins == nullptr ? run_blocks<8>(p, begin, end) : run_blocks<4>(p, begin, end);
+  p.weight.mins == nullptr ? run_kinds<8>(p, begin, end) : run_kinds<4>(p, begin, end);
 }
 
 // NaN if there is one: as integers NaNs are above everything.
@@ -104,21 +113,29 @@ float round_group(const T* from, float inverse, int8_t* to) {
 }
 
 template <typename T>
-void quantize_rows(const LinearParams& p, int64_t begin, int64_t end) {
+void quantize_row(const LinearParams& p, int64_t row) {
   const int64_t groups = p.weight.groups, spans = count_spans(groups);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* from = static_cast<const T*>(p.input) + row * p.input_stride;
-    for (int64_t span = 0; span < spans; ++span) {
-      const int64_t first = span * kSpanGroups, last = first + kSpanGroups < groups ? first + kSpanGroups : groups;
-      const float largest = largest_magnitude(from + first * kGroup, (last - first) * kGroup);
-      const float inverse = largest < kSmallest ? 0 : kSteps / largest;
-      p.x_scales[tiled(p, row, span, spans)] = largest < kSmallest ? 0 : largest / kSteps;
-      for (int64_t g = first; g < last; ++g) {
-        const int64_t to = tiled(p, row, g, groups);
-        p.x_sums[to] = round_group(from + g * kGroup, inverse, p.x + to * kGroupBytes);
-      }
+  const T* from = static_cast<const T*>(p.input) + row * p.input_stride;
+  for (int64_t span = 0; span < spans; ++span) {
+    const int64_t first = span * kSpanGroups, last = first + kSpanGroups < groups ? first + kSpanGroups : groups;
+    const float largest = largest_magnitude(from + first * kGroup, (last - first) * kGroup);
+    const float inverse = largest < kSmallest ? 0 : kSteps / largest;
+    p.x_scales[tiled(p, row, span, spans)] = largest < kSmallest ? 0 : largest / kSteps;
+    for (int64_t g = first; g < last; ++g) {
+      const int64_t to = tiled(p, row, g, groups);
+      p.x_sums[to] = round_group(from + g * kGroup, inverse, p.x + to * kGroupBytes);
     }
   }
+}
+
+template <typename T>
+void quantize_rows(const LinearParams& all, int64_t begin, int64_t end) {
+  const LinearParams p = integer_rows(all);
+  for (int64_t row = begin; row < end && row < p.rows; ++row) quantize_row<T>(p, row);
+#if defined(__AMX_BF16__)
+  const LinearParams prefill = prefill_rows(all);
+  for (int64_t row = begin > p.rows ? begin : p.rows; row < end; ++row) narrow_row<T>(prefill, row - p.rows);
+#endif
 }
 
 void quantize(const LinearParams& p, int64_t begin, int64_t end) {
@@ -131,4 +148,9 @@ void quantize(const LinearParams& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern "C" const pagestream::LinearKernel PAGESTREAM_ISA = {quantize, run};
+#if defined(__AMX_BF16__)
+constexpr bool kHasPrefill = true;
+#else
+constexpr bool kHasPrefill = false;
+#endif
+extern "C" const pagestream::LinearKernel PAGESTREAM_ISA = {kHasPrefill, quantize, run};

@@ -13,22 +13,6 @@ constexpr int kTileBytes = 1024, kTileInts = 256;
 constexpr int kPair = 2;         // blocks that share a tile of the input
 constexpr int kChunkRows = 128;  // that share an unpacked span of a pair
 
-// As instructions: g++ takes numbers of tiles from the source text alone, not from a template.
-template <int kTile>
-inline void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
-
-template <int kTile>
-inline void load_tile(const void* from, int64_t stride) {
-  __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(from), "r"(stride) : "memory");
-}
-
-template <int kTile>
-inline void store_tile(void* to, int64_t stride) {
-  __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(to), "r"(stride) : "memory");
-}
-
 // Signed bytes of kX by unsigned bytes of kCodes.
 template <int kSum, int kX, int kCodes>
 inline void multiply_tiles() {

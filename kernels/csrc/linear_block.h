@@ -29,6 +29,22 @@ inline int64_t tiled(const LinearParams& p, int64_t row, int64_t i, int64_t coun
   return (row / height * count + i) * height + row % height;
 }
 
+// The rows of either kind as a product of their own.
+inline LinearParams integer_rows(LinearParams p) {
+  p.rows -= p.prefill_rows;
+  p.prefill_rows = 0;
+  return p;
+}
+
+inline LinearParams prefill_rows(LinearParams p) {
+  const int64_t before = p.rows - p.prefill_rows, element = p.dtype == DType::kFloat32 ? 4 : 2;
+  p.input = static_cast<const char*>(p.input) + before * p.input_stride * element;
+  p.out = static_cast<char*>(p.out) + before * p.out_stride * element;
+  p.x += pagestream::tiled_rows(before) * p.weight.groups * kGroupBytes;
+  p.rows = p.prefill_rows;
+  return p;
+}
+
 // One byte for each code of a group, for kLanes outputs from `codes` on.
 template <int kBits>
 inline void unpack(const uint8_t* codes, Bytes (&quads)[kQuads]) {

@@ -24,10 +24,12 @@ struct LinearParams {
   void* out;          // [M, N]
   int64_t input_stride, out_stride;
   int64_t rows, outputs;  // M, N
+  int64_t prefill_rows;   // P: the last rows are multiplied in bfloat16; 0 where LinearKernel::has_prefill is not set
   DType dtype;            // of input and out
-  // The input as 12-bit integers, written by quantize() and read by run(). Rows come in T tiles of h:
-  // h = min(M, 16), T = ceil(M / h).
+  // The input as quantize() writes it and run() reads it. The first I = M - P rows, as 12-bit integers, come in T tiles
+  // of h: h = min(I, 16), T = ceil(I / h).
   int8_t* x;        // [T, groups, h, 2, 32]: upper 8 and lower 4 bits, both signed; aligned to 64 bytes
+                    // then bfloat16 [ceil(P / 16), groups, 16, 32]
   float* x_sums;    // [T, groups, h]: sum of the integers
   float* x_scales;  // [T, spans, h], spans = ceil(groups / 8)
 };
@@ -40,8 +42,11 @@ static inline int64_t tiled_rows(int64_t rows) {
   return height == 0 ? 0 : (rows + height - 1) / height * height;
 }
 
+static inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }
+
 // One build of linear.cpp for one instruction set.
 struct LinearKernel {
+  bool has_prefill;
   void (*quantize)(const LinearParams&, int64_t row_begin, int64_t row_end);
   void (*run)(const LinearParams&, int64_t block_begin, int64_t block_end);
 };

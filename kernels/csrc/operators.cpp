@@ -26,15 +26,16 @@ void attend(const AttentionKernel& kernel, const AttentionParams& p, const Plan&
   });
 }
 
-int64_t quantized_bytes(int64_t rows, int64_t groups) {
-  return tiled_rows(rows) * (groups * int64_t{kGroupBytes + sizeof(float)} + count_spans(groups) * int64_t{sizeof(float)});
+int64_t quantized_bytes(int64_t rows, int64_t prefill_rows, int64_t groups) {
+  const int64_t integers = tiled_rows(rows - prefill_rows), floats = integers * (groups + count_spans(groups));
+  return (integers + whole_tiles(prefill_rows)) * groups * kGroupBytes + floats * int64_t{sizeof(float)};
 }
 
 void place_quantized(LinearParams& p, char* memory) {
-  const int64_t groups = tiled_rows(p.rows) * p.weight.groups;
+  const int64_t integers = tiled_rows(p.rows - p.prefill_rows), groups = p.weight.groups;
   p.x = reinterpret_cast<int8_t*>(memory);
-  p.x_sums = reinterpret_cast<float*>(memory + groups * kGroupBytes);
-  p.x_scales = p.x_sums + groups;
+  p.x_sums = reinterpret_cast<float*>(memory + (integers + whole_tiles(p.prefill_rows)) * groups * kGroupBytes);
+  p.x_scales = p.x_sums + integers * groups;
 }
 
 void multiply(const LinearKernel& kernel, const LinearParams* parts, int num_parts, int64_t threads) {

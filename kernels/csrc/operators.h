@@ -16,8 +16,8 @@ struct Kernels {
 
 void attend(const AttentionKernel& kernel, const AttentionParams& p, const Plan& plan, int64_t threads);
 
-// Bytes of the integers of `rows` rows of `groups` groups; where in `memory` they go.
-int64_t quantized_bytes(int64_t rows, int64_t groups);
+// Bytes of `rows` rows of `groups` groups once quantised, `prefill_rows` of them in bfloat16; where in `memory` they go.
+int64_t quantized_bytes(int64_t rows, int64_t prefill_rows, int64_t groups);
 void place_quantized(LinearParams& p, char* memory);
 
 // The outputs of up to kMaxParts matrices, one beside the other, of rows that were quantised for the first of them.

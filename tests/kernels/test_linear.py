@@ -50,10 +50,14 @@ def rounded(rows: Tensor) -> Tensor:
     return torch.cat(spans, 1)
 
 
-def multiply(rows: Tensor, weight: Weight) -> Tensor:
+def multiply(rows: Tensor, weight: Weight, prefill_rows: int = 0) -> Tensor:
     out = torch.full((len(rows), len(weight[0]) + 3), float("nan"), dtype=rows.dtype)[:, :-3]  # rows are not adjacent
-    quantized_linear(rows, *packing.pack(*weight), out=out)
+    quantized_linear(rows, *packing.pack(*weight), out=out, prefill_rows=prefill_rows)
     return out
+
+
+def prefill(rows: Tensor, weight: Weight) -> Tensor:
+    return multiply(rows, weight, len(rows))
 
 
 @pytest.fixture(params=ISAS)
@@ -92,21 +96,49 @@ def test_extreme_codes_do_not_saturate(isa: str, bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_rows_are_read_and_written_rounded(isa: str, dtype: torch.dtype) -> None:
     x, weight = random_rows(5, 96).to(dtype), random_weight(20, 96, 4)
-    assert torch.equal(multiply(x, weight), multiply(x.float(), weight).to(dtype))
+    assert torch.equal(multiply(x, weight, 3), multiply(x.float(), weight, 3).to(dtype))
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 40), threads=st.integers(1, 2), bits=st.sampled_from([4, 8]), data=st.data())
-def test_a_row_does_not_depend_on_its_batch(rows: int, threads: int, bits: int, data: st.DataObject) -> None:
-    row = data.draw(st.integers(0, rows - 1))
-    x, weight = random_rows(rows, 160), random_weight(48, 160, bits)
+@given(rows=st.integers(1, 40), threads=st.integers(1, 4), bits=st.sampled_from([4, 8]), data=st.data())
+def test_a_row_depends_on_its_kind_and_not_on_its_batch(
+    rows: int, threads: int, bits: int, data: st.DataObject
+) -> None:
+    row, prefill_rows = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, rows))
+    x, weight = random_rows(rows, 640), random_weight(48, 640, bits)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = multiply(x, weight)
+        together = multiply(x, weight, prefill_rows)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(together[row], multiply(x[row : row + 1], weight)[0])
+    alone = x[row : row + 1]
+    assert torch.equal(together[row], (multiply if row < rows - prefill_rows else prefill)(alone, weight)[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 33, 200, 600])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (100, 576), (33, 608), (1, 1536)])
+def test_rows_of_a_prompt_equal_the_definition_in_bfloat16(bits: int, rows: int, outputs: int, inputs: int) -> None:
+    x, weight = random_rows(rows, inputs), random_weight(outputs, inputs, bits)
+    narrow, weights = x.bfloat16().double(), values(weight).float().bfloat16().double()
+    try:
+        with build.forced_isa("amx"):
+            result = prefill(x, weight)
+    except ValueError as error:
+        pytest.skip(str(error))
+    size = narrow.abs() @ weights.abs().T
+    assert ((result - narrow @ weights.T).abs() <= 4e-7 * inputs**0.5 * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("name", ["vnni", "avx2", "baseline"])
+def test_without_tiles_rows_of_a_prompt_are_rows_like_others(name: str) -> None:
+    x, weight = random_rows(20, 96), random_weight(40, 96, 4)
+    try:
+        with build.forced_isa(name):
+            assert torch.equal(multiply(x, weight), prefill(x, weight))
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("inputs", [32, 320, 544])  # 1, 2 and 3 spans, the last of 1, 2 and 1 groups
@@ -125,10 +157,11 @@ def test_instruction_sets_with_fused_multiply_add_agree(name: str, bits: int, in
     assert different == []
 
 
-def test_zeros_stay_zero_and_a_nan_stays_in_its_row(isa: str) -> None:
+@pytest.mark.parametrize("prefill_rows", [0, 3])
+def test_zeros_stay_zero_and_a_nan_stays_in_its_row(isa: str, prefill_rows: int) -> None:
     x = random_rows(3, 64)
     x[0], x[1, 40] = 0.0, torch.nan
-    result = multiply(x, random_weight(16, 64, 4))
+    result = multiply(x, random_weight(16, 64, 4), prefill_rows)
     assert result[0].eq(0).all()
     assert result[1].isnan().all()
     assert result[2].isfinite().all()
@@ -171,5 +204,8 @@ def test_wrong_tensors_are_refused_by_name() -> None:
     ]:
         with pytest.raises(ValueError, match=name):
             quantized_linear(*arguments[:4], out=arguments[4])
+    for prefill_rows in (-1, 3):
+        with pytest.raises(ValueError, match="prefill_rows"):
+            quantized_linear(x, codes, scales, mins, out=out, prefill_rows=prefill_rows)
     with pytest.raises(ValueError, match="multiple of 32"):
         packing.pack(torch.zeros(16, 40, dtype=torch.uint8), torch.zeros(16, 1).half(), None)

@@ -19,13 +19,14 @@ def plans(draw: st.DrawFn) -> tuple[StepPlan, int]:
     for index in range(draw(st.integers(1, 6))):
         tokens = draw(st.lists(st.integers(0, 2**17), min_size=1, max_size=40))
         start = draw(st.integers(0, len(tokens) - 1))
+        prompt = draw(st.sampled_from([len(tokens), start])) or len(tokens)
         length = draw(st.integers(1, len(tokens) - start))
         needed = -(-(start + length) // page_size)
         spare = draw(st.integers(0, 2))
         blocks, pages = pages[: needed + spare], pages[needed + spare :]
         if len(blocks) >= needed:
-            chunks.append(Chunk(str(index), tokens, len(tokens), start, length, blocks, SamplingParams()))
-    return StepPlan(tuple(chunks)), page_size
+            chunks.append(Chunk(str(index), tokens, prompt, start, length, blocks, SamplingParams()))
+    return StepPlan(tuple(sorted(chunks, key=lambda chunk: chunk.start < chunk.num_prompt_tokens))), page_size
 
 
 @given(plans().filter(lambda drawn: drawn[0].chunks))
@@ -48,6 +49,7 @@ def test_rows_are_the_chunks_end_to_end(drawn: tuple[StepPlan, int]) -> None:
     assert batch.query_starts.tolist() == starts
     assert batch.context_lengths.tolist() == [chunk.end for chunk in plan.chunks]
     assert batch.sampled_rows.tolist() == last_rows
+    assert batch.prefill_rows == sum(chunk.length for chunk in plan.chunks if chunk.start < chunk.num_prompt_tokens)
     for row, chunk in zip(batch.block_tables.tolist(), plan.chunks, strict=True):
         needed = -(-chunk.end // page_size)
         assert row[:needed] == list(chunk.block_ids[:needed])
@@ -65,4 +67,13 @@ def test_too_few_blocks_are_refused() -> None:
     """Padding the table instead would write into a page that belongs to another request."""
     plan = StepPlan((Chunk("short", list(range(9)), 9, 0, 9, [3, 4], SamplingParams()),))
     with pytest.raises(ValueError, match="short: 2 blocks for 9 positions"):
+        build_batch(plan, 4, CPU)
+
+
+@pytest.mark.parametrize("chunks", [((0, 3), (5, 1)), ((2, 4),)])
+def test_tokens_of_prompts_that_are_not_the_last_rows_are_refused(chunks: tuple[tuple[int, int], ...]) -> None:
+    """Before an answer's; in one chunk with it."""
+    tokens = list(range(6))
+    plan = StepPlan(tuple(Chunk("mixed", tokens, 5, *chunk, [0, 1], SamplingParams()) for chunk in chunks))
+    with pytest.raises(ValueError, match="mixed"):
         build_batch(plan, 4, CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from pagestream import kernels
-from pagestream.kernels import build, reference
+from pagestream.kernels import build, packing, reference
 from pagestream.model import network as network_module
 from pagestream.model.batch import Batch, build_batch
 from pagestream.model.config import ModelConfig
@@ -117,24 +118,36 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def operations(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModelConfig, Weights], Network]:
-    """The network of PyTorch operations, with all kernels those of the reference."""
+def operations(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Network]:
+    """The network of PyTorch operations, with all kernels those of the reference; all but the head multiply the last
+    `prefill_rows` rows in bfloat16."""
 
     def attention(
         *tensors: torch.Tensor, scale: float, window: int, out: torch.Tensor, **scales: torch.Tensor | None
     ) -> None:
         reference.paged_attention(*tensors, scale, window, out, None, None, **scales)
 
-    def linear(*tensors: torch.Tensor, out: torch.Tensor) -> None:
-        reference.quantized_linear(*tensors, out)
+    def append(
+        *tensors: torch.Tensor, norm_weight: torch.Tensor | None, epsilon: float, **scales: torch.Tensor | None
+    ) -> None:
+        reference.append_kv(*tensors[:3], norm_weight, epsilon, *tensors[3:], **scales)
 
-    def make(config: ModelConfig, weights: Weights) -> Network:
+    def linear(
+        rows: torch.Tensor, *packed: torch.Tensor, out: torch.Tensor, prefill_rows: int = 0, vocabulary: int = 0
+    ) -> None:
+        reference.quantized_linear(rows, *packed, out)
+        if prefill_rows and out.shape[1] != vocabulary:
+            weight = packing.unpack_rows(*packed, torch.arange(out.shape[1])).bfloat16().double()
+            out[-prefill_rows:] = (rows[-prefill_rows:].bfloat16().double() @ weight.T).float()
+
+    def make(config: ModelConfig, weights: Weights, prefill_rows: int = 0) -> Network:
         with monkeypatch.context() as patch:
             patch.setattr(network_module, "native_decoder", lambda *_: None)
             network = Network(config, weights)
         monkeypatch.setattr(kernels, "paged_attention", attention)
-        monkeypatch.setattr(kernels, "store_kv", reference.store_kv)
-        monkeypatch.setattr(kernels, "quantized_linear", linear)
+        monkeypatch.setattr(kernels, "append_kv", append)
+        kinds = {"prefill_rows": prefill_rows, "vocabulary": config.vocab_size}
+        monkeypatch.setattr(kernels, "quantized_linear", partial(linear, **kinds))
         return network
 
     return make
@@ -165,13 +178,15 @@ def errors(logits: list[torch.Tensor], exact: list[torch.Tensor]) -> torch.Tenso
     return difference.norm(dim=1) / torch.cat(exact).norm(dim=1)
 
 
+@pytest.mark.parametrize(("deterministic", "error"), [(True, 0.005), (False, 0.02)])  # 12 bits, 8 bits of bfloat16
 def test_is_as_close_to_transformers_as_rounded_activations_are(
-    case: tuple[PreTrainedModel, ModelConfig, Weights],
+    case: tuple[PreTrainedModel, ModelConfig, Weights], deterministic: bool, error: float
 ) -> None:
     model, config, weights = case
     with torch.inference_mode():
         exact = [model(torch.tensor([tokens])).logits[0] for tokens in sequences_for(config)]
-    assert errors(all_logits(Network(config, weights), config, "random"), exact).mean() < 0.005
+    network = Network(config, weights, deterministic=deterministic)
+    assert errors(all_logits(network, config, "random"), exact).mean() < error
 
 
 def test_equals_the_network_of_operations(
@@ -182,7 +197,7 @@ def test_equals_the_network_of_operations(
     """To float32's precision, until sums in another order move an activation by one step of its 12 bits, which then
     reaches all rows that attend to it."""
     _, config, weights = case
-    ours = all_logits(Network(config, weights), config)
+    ours = all_logits(Network(config, weights, deterministic=True), config)
     apart = errors(ours, all_logits(operations(config, weights), config))
     assert apart[0] < 1e-5
     assert apart.lt(1e-5).float().mean() > 0.02
@@ -193,7 +208,7 @@ def test_equals_the_network_of_operations(
 def test_narrow_caches(dtype: torch.dtype, operations: Callable[[ModelConfig, Weights], Network]) -> None:
     make, config = CASES["qwen3, tied"]
     weights = quantized(randomised(make()), config)
-    ours = all_logits(Network(config, weights), config, "random", poisoned_cache(config, dtype))
+    ours = all_logits(Network(config, weights, deterministic=True), config, "random", poisoned_cache(config, dtype))
     theirs = all_logits(operations(config, weights), config, "random", poisoned_cache(config, dtype))
     one_code = 0.01  # a sum in another order may round an int8 value to its neighbour
     assert errors(ours, theirs)[0] < (1e-3 if dtype.is_floating_point else one_code)
@@ -238,6 +253,24 @@ def zeros(config: ModelConfig) -> KVCache:
     return cache
 
 
+def test_prompts_beside_answers_equal_the_network_of_operations(operations: Callable[..., Network]) -> None:
+    make, config = CASES["qwen2, window in the upper layers"]
+    weights = quantized(randomised(make()), config)
+    batch = replace(one_batch(config), prefill_rows=20)
+    try:
+        with build.forced_isa("amx"):
+            ours = Network(config, weights).logits(batch, zeros(config))
+    except ValueError as error:
+        pytest.skip(str(error))
+    theirs = operations(config, weights, 20).logits(batch, zeros(config))
+    apart = errors([ours], [theirs])
+    assert apart[:2].max() < 0.005
+    assert apart[2:].max() < 0.01
+    assert apart[2:].median() < 1e-3
+    exact = operations(config, weights, 0).logits(batch, zeros(config))
+    assert errors([exact], [theirs])[2:].median() > 2e-3
+
+
 @pytest.mark.parametrize("rows", [[], [21], [0, 1], [1, 3, 20]])
 def test_only_sampled_rows_have_logits_and_all_have_keys(llama: tuple[Network, ModelConfig], rows: list[int]) -> None:
     network, config = llama
@@ -266,6 +299,7 @@ def test_wrong_steps_are_refused_by_name_before_anything_is_written(llama: tuple
         (with_first("query_starts", -1), "query_starts"),
         (with_first("sampled_rows", 5), "sampled_rows"),
         (replace(batch, sampled_rows=torch.tensor([22])), "sampled_rows"),
+        (replace(batch, prefill_rows=23), "prefill_rows"),
         (replace(batch, positions=batch.positions[:-1]), "positions"),
         (replace(batch, token_ids=batch.token_ids.int()), "token_ids"),
         (replace(batch, context_lengths=batch.context_lengths.long()), "context_lengths"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pagestream.model.step import SampledToken, StepPlan, StepResult
+from pagestream.model.step import SampledToken, SamplingParams, StepPlan, StepResult
 from pagestream.server.errors import PromptExceedsKvCapacityError
-from pagestream.server.request import FinishReason, RequestState
+from pagestream.server.request import FinishReason, Request, RequestState
 from pagestream.server.scheduler import Advance
 from tests.support.stepping import EOS, STOP, WORD, answer, make_request, make_scheduler, step
 
@@ -19,6 +19,22 @@ def test_a_step_runs_decodes_first_then_prompt_chunks_within_one_budget() -> Non
     assert step(scheduler) == [("a", 10, 1), ("c", 3, 1), ("d", 3, 1), ("b", 0, 13)]
     assert step(scheduler) == [("a", 11, 1), ("c", 4, 1), ("d", 4, 1), ("b", 13, 13)]
     assert step(scheduler) == [("a", 12, 1), ("c", 5, 1), ("d", 5, 1), ("b", 26, 4)]
+
+
+def test_tokens_of_a_prompt_and_of_its_answer_are_never_in_one_chunk_and_the_prompts_come_last() -> None:
+    """Also when an answer is computed again, given, or the prompt has one token left to read."""
+    _, scheduler = make_scheduler(token_budget=64, prefix_cache=False)
+    again, other = make_request("again", 10), make_request("other", 5)
+    scheduler.admit(again)
+    for _ in range(4):
+        step(scheduler)
+    scheduler.pause(again)
+    scheduler.resume(again)
+    scheduler.admit(other)
+    scheduler.admit(Request("given", [1, 2, 3, 4, 5], SamplingParams(), 1, given=[4, 5, 6]))
+    assert step(scheduler) == [("again", 0, 10), ("other", 0, 5), ("given", 0, 3)]
+    scheduler.admit(make_request("one token", 1))
+    assert step(scheduler) == [("other", 5, 1), ("again", 10, 4), ("given", 3, 2), ("one token", 0, 1)]
 
 
 def test_prompts_beside_decodes_keep_to_the_callers_limit_but_always_get_on() -> None:

@@ -183,7 +183,9 @@ class Simulation:
         assert answering <= preempted | set(chosen), "every answer goes on in every step"
         assert all(chunk.length >= 1 for chunk in plan.chunks)
         assert plan.num_tokens <= self.token_budget
-        assert answering.isdisjoint(chosen[len(answering - preempted) :]), "decodes come first"
+        kinds = [chunk.is_prefill for chunk in plan.chunks]
+        assert kinds == sorted(kinds), "tokens of prompts come last"
+        assert all(chunk.end <= chunk.num_prompt_tokens for chunk in plan.chunks if chunk.is_prefill), "and among theirs"
 
         result = self.runner.step(plan)
         if plan.chunks and self.steps % 3 == 0:  # as after a fault

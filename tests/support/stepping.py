@@ -37,7 +37,7 @@ def make_scheduler(
 
 
 def answer(plan: StepPlan, token_id: int = WORD) -> StepResult:
-    return StepResult(tuple((SampledToken(token_id),) if chunk.samples else () for chunk in plan.chunks))
+    return StepResult(tuple((SampledToken(token_id),) * len(chunk.sampled_positions) for chunk in plan.chunks))
 
 
 def step(scheduler: Scheduler, token_id: int = WORD) -> list[tuple[str, int, int]]:
