@@ -78,7 +78,12 @@ const CONTEXT_AXIS = {
   text: (n) => `${tokensText(n)} tokens`,
 };
 
-const TIME_AXIS = { label: "time", scale: { time: true }, text: (t) => new Date(t * 1000).toLocaleTimeString() };
+// A minute at least: around a single point uPlot would put years.
+const TIME_AXIS = {
+  label: "time",
+  scale: { time: true, range: (_, low, high) => [Math.min(low, high - 60), high] },
+  text: (t) => new Date(t * 1000).toLocaleTimeString(),
+};
 
 // Of the marks of a logarithmic axis those that begin with 1, 2 or 5; with 1 if there are many.
 function roundOnes(plot, splits) {
