@@ -96,20 +96,25 @@ async def sample(stub: GenerationServiceStub, pid: int, prompts: Sequence[Sequen
 
 
 async def measure(
-    servers: dict[str, tuple[str, int]], context: int, streams: int, rounds: int
+    servers: dict[str, tuple[str, int]], context: int, streams: int, seconds: float
 ) -> dict[str, list[Sample]]:
-    """Samples of each variant in the order of rounds."""
+    """Samples of each variant in the order of rounds, as many as fit."""
     asked = variants(context)
     prompts = [[random.randrange(VOCABULARY) for _ in range(context)] for _ in range(streams)]  # noqa: S311
     found: dict[str, list[Sample]] = {name: [] for name in asked}
     async with contextlib.AsyncExitStack() as stack:
         stubs = {name: await stack.enter_async_context(connect(address)) for name, (address, _) in servers.items()}
-        for number in range(-1, rounds):  # the first fills the prefix caches
+
+        async def take(name: str) -> Sample:
+            server = asked[name].server
+            return await sample(stubs[server], servers[server][1], prompts, asked[name])
+
+        for name in servers:  # fills the prefix caches
+            await take({"never": PLAIN}.get(name, name))
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
             for name in random.sample(list(asked), len(asked)):
-                server = asked[name].server
-                taken = await sample(stubs[server], servers[server][1], prompts, asked[name])
-                if number >= 0:
-                    found[name].append(taken)
+                found[name].append(await take(name))
     return found
 
 
@@ -138,7 +143,7 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--context", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--streams", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -147,12 +152,12 @@ def main() -> None:
             for name, every in SERVERS.items()
         }
         load = os.getloadavg()[0]
-        found = asyncio.run(measure(servers, options.context, options.streams, options.rounds))
+        found = asyncio.run(measure(servers, options.context, options.streams, options.seconds))
     result: dict[str, Any] = {
         "read_bandwidth_gb_s": read_bandwidth() / 1e9,
         "context": options.context,
         "streams": options.streams,
-        "rounds": options.rounds,
+        "rounds": len(found[PLAIN]),
         "load_before": load,
         **summarize(found, options.streams),
     }

@@ -204,6 +204,9 @@ def degradation(
             show_default="all",
         ),
     ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=2, help="Of each length and task: what answers take.", show_default="40, quick: 4")
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="grpc://HOST:PORT of another server of the model, as with --dtype fp32: the control."),
@@ -219,7 +222,7 @@ def degradation(
 ) -> None:
     """Measures what longer prompts cost a model, as served: seconds, attention, answers.
 
-    Needs a server without other work; ten minutes on two cores for 135 M parameters.
+    Needs a server without other work; half an hour on two cores for 135 M parameters, most of it for the answers.
 
     Example: [bold]pagestream loadtest degradation --out cards[/]
     """
@@ -231,7 +234,9 @@ def degradation(
     credentials = Credentials(tls_ca, tls_cert, tls_key, token)
     url = metrics or metrics_url(target, credentials)
     try:
-        agrees = draw_card(target, url, out, only, against, seed, credentials, quick=quick, reference=reference)
+        agrees = draw_card(
+            target, url, out, only, against, seed, credentials, quick=quick, reference=reference, trials=trials
+        )
     except DegradationError as error:
         _fail(error, USAGE)
     except TargetError as error:

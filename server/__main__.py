@@ -15,6 +15,7 @@ import typer
 
 from pagestream.model.default_model import fetch_default_model
 from pagestream.model.errors import ModelError
+from pagestream.server import estimate, health, top
 from pagestream.server.chat import run_chat
 from pagestream.server.client import CallError, Client, Credentials, UnreachableError
 from pagestream.server.config import (
@@ -27,7 +28,6 @@ from pagestream.server.config import (
     let_idle_threads_sleep,
     load_config,
 )
-from pagestream.server.health import health
 from pagestream.server.operate import admin, doctor, token_command
 from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token
 from pagestream.server.printing import print_answer, print_answers, print_events
@@ -81,7 +81,7 @@ def serve(
         bool | None, _setting("Guess from the prompt what comes next; same answers.", "with int4 and int8")
     ] = None,
     deterministic: Annotated[
-        bool | None, _setting("Refuse fp32 and bf16, whose sums depend on the batch.", ServerConfig.deterministic)
+        bool | None, _setting("Same bits read or generated; slower prompts; int8, int4.", ServerConfig.deterministic)
     ] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
     target_gap_ms: Annotated[float | None, _setting("Gap beside long prompts.", ServerConfig.target_gap_ms)] = None,
@@ -241,9 +241,11 @@ def loadtest(arguments: typer.Context) -> None:
     loadtest_app(arguments.args, prog_name="pagestream loadtest")
 
 
-app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
+app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health.health)
 app.command("token", epilog="[dim]Exit codes: 0 made, 2 wrong usage.")(token_command)
 app.command(epilog=_CLIENT_EPILOG)(admin)
+app.command(epilog=_CLIENT_EPILOG)(estimate.estimate)
+app.command(epilog="[dim]Exit codes: 0 left with Ctrl-C, 2 wrong usage, 4 no server answers.")(top.top)
 app.command(epilog="[dim]Exit codes: 0 all is well, 1 something is missing, 2 bad setting.")(doctor)
 
 

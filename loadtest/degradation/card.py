@@ -45,12 +45,12 @@ class Effort:
     repeats: int
     intrusions: int  # of each length among streams that decode
     texts: int  # windows of dilution and paired perplexity
-    groups: int  # of trials for each length; those of long prompts are a quarter as many
+    groups: int  # of trials for each length: copies, and lists of which one number at each depth is asked for
     passkey_groups: int  # the two fillers in turn
     controls: int  # copies of each length that a reference scores too, beside one list of lookups
 
 
-FULL = Effort(longest=None, per_octave=2, repeats=5, intrusions=5, texts=6, groups=16, passkey_groups=2, controls=3)
+FULL = Effort(longest=None, per_octave=2, repeats=5, intrusions=5, texts=6, groups=40, passkey_groups=8, controls=3)
 QUICK = Effort(longest=1024, per_octave=1, repeats=3, intrusions=2, texts=3, groups=4, passkey_groups=2, controls=1)
 
 
@@ -136,16 +136,12 @@ def _quality(server: Server, longest: int, effort: Effort, seed: int, progress: 
     text = read_text(server, longest * effort.texts)
     words = words_of(server, text[:20_000])
 
-    def groups(length: int) -> int:
-        """Fewer of the long ones, whose log-probabilities vary less and which take the time."""
-        return max(2, effort.groups // max(1, length // 2048))
-
     def run(name: str, trials: Iterator[tasks.Trial]) -> list[Any]:
         every = list(trials)
         return score_all(server, every, lambda each: progress(each, len(each), name))
 
-    copies = [t for n in _octaves(32, longest) for t in tasks.copy_trials(words, n, groups(n), seed)]
-    pairs = [t for n in _octaves(128, longest) for t in tasks.key_value_trials(server, n, groups(n), seed)]
+    copies = [t for n in _octaves(32, longest) for t in tasks.copy_trials(words, n, effort.groups, seed)]
+    pairs = [t for n in _octaves(128, longest) for t in tasks.key_value_trials(server, n, effort.groups, seed)]
     keys = [t for n in _octaves(256, longest) for t in tasks.passkey_trials(server, n, effort.passkey_groups, seed)]
     passkeys = run("passkey", iter(keys))
     paired = tasks.perplexity_trials(text, _octaves(2 * tasks.SCORED, longest), effort.texts)

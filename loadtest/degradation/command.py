@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from pagestream.loadtest.credentials import Credentials
 from pagestream.loadtest.degradation.card import FULL, PARTS, QUICK, disagreements, measure_card
 from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.server import Server
+from pagestream.loadtest.degradation.tasks import DEPTHS, FILLERS
 from pagestream.loadtest.scrape import MetricsPage
 
 CONFIDENCE = 0.95  # of every interval
@@ -36,6 +38,7 @@ def draw_card(
     *,
     quick: bool,
     reference: str | None,
+    trials: int | None,
 ) -> bool:
     """Whether it agrees with the other card, that is, no more numbers lie apart than 95 % intervals let; True without
     one. Raises DegradationError and TargetError."""
@@ -53,6 +56,8 @@ def draw_card(
         document = folder / f"{name}.json"
         kept = _read(document) if only and document.exists() else {}
         effort, page = QUICK if quick else FULL, MetricsPage(metrics, credentials)
+        if trials is not None:
+            effort = replace(effort, groups=trials, passkey_groups=max(len(FILLERS), trials // len(DEPTHS)))
         card = {**kept, **measure_card(server, parts, effort, page, seed, _progress, control)}
     if kept and kept["model"] != card["model"]:
         raise DegradationError(f"{document} is of another model or setting: {kept['model']}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from pagestream.loadtest.scrape import Series, scrape
+from pagestream.loadtest.scrape import MetricsPage, Series
 from tests.support.process import ServerProcess
 from tests.support.waiting import wait_until
 
@@ -33,7 +33,7 @@ def with_rope_base(model: Path, base: float, folder: Path) -> Path:
 
 def canaries(server: ServerProcess) -> Series:
     wait_until(lambda: server.metric("canary_runs_total", result="ok") > 0, "a canary ran")
-    series = scrape(f"http://{server.http_address}/metrics")
+    series = MetricsPage(f"http://{server.http_address}/metrics").read()
     return {key: value for key, value in series.items() if key[0].startswith("pagestream_canary_") and key[1]}
 
 

@@ -163,10 +163,10 @@ def test_statistics_do_not_depend_on_cache_batch_or_preemption(model: LoadedMode
 def test_proposed_tokens_do_not_show_in_the_row_before_them(model: LoadedModel, length: int) -> None:
     """Around the ends of the tiles in which the kernel works."""
     known, pages = list(PROMPT.encode())[:length], range(20)
-    model.runner.step(StepPlan((Chunk("r", known, length, 0, length - 1, pages, SamplingParams()),)))
+    model.runner.step(StepPlan((Chunk("r", known, length - 1, 0, length - 1, pages, SamplingParams()),)))
 
     def observe(*proposed: int) -> AttentionSummary:
-        chunk = Chunk("r", known, length, length - 1, 1 + len(proposed), pages, SamplingParams())
+        chunk = Chunk("r", known, length - 1, length - 1, 1 + len(proposed), pages, SamplingParams())
         chunk = replace(chunk, proposed=proposed, attention=StatsLevel.PAGES, spans=((0, 9), (9, length)))
         (row,) = model.runner.step(StepPlan((chunk,))).attention
         assert row is not None
