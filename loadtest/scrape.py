@@ -53,10 +53,11 @@ def total(series: Series, name: str, **labels: str) -> float:
 
 
 def deltas(before: Series, after: Series) -> Series:
-    """What counters and histograms grew by; series that did not move are left out, gauges are meaningless here."""
+    """What counters and histograms grew by. Series that did not move are left out, but for buckets: the edge of an
+    empty one is where the next begins. Gauges are meaningless here."""
     grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
-    counts = ("_total", "_bucket", "_count", "_sum")
-    return {key: value for key, value in grown.items() if value and key[0].endswith(counts)}
+    counts = ("_total", "_count", "_sum")
+    return {key: v for key, v in grown.items() if key[0].endswith("_bucket") or (v and key[0].endswith(counts))}
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Histogram:
 
 
 def histograms(series: Series, name: str, label: str) -> dict[str, Histogram]:
-    """By the values of one label; the other labels are summed."""
+    """By the values of one label; the other labels are summed. Those without samples are missing."""
     found: dict[str, dict[float, float]] = {}
     for (each, labels), value in series.items():
         values = dict(labels)
@@ -98,7 +99,8 @@ def histograms(series: Series, name: str, label: str) -> dict[str, Histogram]:
             buckets = found.setdefault(values[label], {})
             edge = float(values["le"])
             buckets[edge] = buckets.get(edge, 0.0) + value
-    return {value: _filled(buckets) for value, buckets in found.items()}
+    filled = {value: _filled(buckets) for value, buckets in found.items()}
+    return {value: histogram for value, histogram in filled.items() if histogram.count}
 
 
 def _filled(buckets: Mapping[float, float]) -> Histogram:
