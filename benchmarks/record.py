@@ -57,6 +57,19 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
     return data.nbytes / statistics.median(seconds)
 
 
+def seconds_of_others() -> float:
+    """Processor time of all that runs on this machine beside this process and its children, in seconds since some
+    moment: what they took meanwhile tells whether a measurement was alone."""
+    busy = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    children = [pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
+    own = 0
+    for pid in ("self", *children):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        own += int(fields[11]) + int(fields[12])
+    idle = busy[3] + busy[4]  # and waiting for a disk
+    return (sum(busy) - idle - own) / os.sysconf("SC_CLK_TCK")
+
+
 def save(name: str, result: dict[str, Any], folder: Path) -> Path:
     """Writes one result and prints it as the last line of the output."""
     document = {"benchmark": name, **environment(), **result}

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,8 @@ torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
     "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, int prefill_rows, "
-    "Tensor(a!) caches, Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, Tensor(e!)? means, "
-    "Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
+    "Tensor(a!) caches, Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, "
+    "Tensor(e!)? means, Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
 )
 
 
@@ -111,7 +112,7 @@ class Decoder:
         self._epsilon, self._magnitude = epsilon, magnitude
         self._num_layers, self._vocabulary = len(layers), vocabulary
         self._num_heads, self._cache_heads = num_heads, (num_kv_heads, head_size)
-        self._seconds = torch.zeros(2, dtype=torch.float64)
+        self._seconds = np.zeros(2)
 
     def __call__(
         self,
@@ -134,7 +135,8 @@ class Decoder:
         `paged_attention` and `store_kv` take them. `caches` [L, P, Hkv, 2, B, D]: for each layer, page and head the
         keys, then the values; those of int8 need `scales` float32 [L, P, Hkv, 2, B]. The last `prefill_rows` rows are
         multiplied as `quantized_linear` says, all but in `lm_head`. A row's result depends on which of the two kinds it
-        and those before it are of, not on the rows beside it, nor on the number of threads. `observation` receives what it asks for and changes no bit.
+        and those before it are of, not on the rows beside it, nor on the number of threads. `observation` receives
+        what it asks for and changes no bit.
         Raises ValueError for a wrong dtype, layout or shape and for ids that point outside; then nothing is written.
         """
         rows = (("token_ids", token_ids), ("positions", positions), ("slots", slots))
@@ -154,7 +156,8 @@ class Decoder:
         self._check_caches(caches, scales)
         if observation is not None:
             observation.check(self._num_layers, self._num_heads, block_tables.shape[1])
-        logits = torch.empty(len(sampled_rows), self._vocabulary)
+        # Not torch.empty, which lets go of the interpreter: others would take it before the kernels run.
+        logits = torch.from_numpy(np.empty((len(sampled_rows), self._vocabulary), np.float32))
         torch.ops.pagestream.decode.default(
             self._model,
             self._epsilon,
@@ -170,7 +173,7 @@ class Decoder:
             caches,
             scales,
             logits,
-            self._seconds,
+            torch.from_numpy(self._seconds),
             *(observation or (None,) * len(Observation._fields)),
         )
         return logits

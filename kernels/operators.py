@@ -244,9 +244,11 @@ def quantized_linear(
     dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
     beside it; a NaN in a row makes the row NaN.
 
-    The last `prefill_rows` rows may have another, faster arithmetic, where the machine has one (AMX): they and the
-    weights are rounded to bfloat16, products are added in float32 in the order of the inputs. They are those of a prompt;
-    a row's bits then depend on its kind, not on how many there are. Elsewhere nothing changes. `input` and `out` share one of float32, bfloat16, float16.
+    The last `prefill_rows` rows, those of prompts, have another, faster arithmetic where the machine has one (AMX):
+    they and the weights are rounded to bfloat16, products are added in float32 in the order of the inputs. So a row's
+    bits depend on its kind, but not on how many there are.
+
+    `input` and `out` share one of float32, bfloat16, float16.
     Raises ValueError for a wrong dtype, device, layout or shape.
     """
     check_floats(("input", input), ("out", out))

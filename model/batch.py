@@ -26,7 +26,7 @@ class Batch:
 
 def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
     """Raises ValueError for a chunk whose blocks do not hold its positions: they would go to another's page; and for
-    tokens of a prompt that are not the last rows, because they would be multiplied as an answer's or the other way round.
+    tokens of a prompt that are not the last rows: they or others would be multiplied as what they are not.
     """
     token_ids: list[int] = []
     positions: list[int] = []
@@ -43,7 +43,7 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
             raise ValueError(f"{chunk.request_id}: {len(blocks)} blocks for {end} positions")
         if chunk.is_prefill:
             prefill_rows += chunk.length
-        if not chunk.is_prefill and prefill_rows or chunk.is_prefill and end > chunk.num_prompt_tokens:
+        if (not chunk.is_prefill and prefill_rows) or (chunk.is_prefill and end > chunk.num_prompt_tokens):
             raise ValueError(
                 f"{chunk.request_id}: rows {chunk.start} to {end} of a prompt of {chunk.num_prompt_tokens}"
             )
@@ -62,7 +62,8 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
         block_tables[row, : len(pages_in_order)] = pages_in_order
 
     def to_device(values: npt.ArrayLike, dtype: type[np.signedinteger]) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype)).to(device)
+        tensor = torch.from_numpy(np.asarray(values, dtype))
+        return tensor if device.type == "cpu" else tensor.to(device)
 
     return Batch(
         token_ids=to_device(token_ids, np.int64),

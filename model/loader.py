@@ -49,8 +49,9 @@ class LoadedModel:
 
     @property
     def is_row_invariant(self) -> bool:
-        """Whether a token's logits depend, to the last bit, on nothing but the tokens before it, and on which of these
-        were generated: not on how many rows are computed at once. So it is with quantised matrices; torch's own products choose their order of sums by size.
+        """Whether a token's logits depend, to the last bit, on nothing but the tokens before it and on which of these
+        were generated: not on how many rows are computed at once. So it is with quantised matrices; torch's own
+        products choose their order of sums by size.
         """
         return self.dtype in _QUANTIZED
 
@@ -71,7 +72,8 @@ def load_model(
 ) -> LoadedModel:
     """`device`, `dtype` and `kv_dtype` may be `auto`; `max_context` in tokens (None: the model's own), `kv_memory`
     in bytes (None: see `plan_memory`). `cache_dir` is where packed weights are kept for the next start (None: nowhere).
-    `deterministic`: a token's bits may not depend on whether it is read or was generated. `progress` gets bytes of weights stored so far and bytes in all.
+    `deterministic`: a token's bits may not depend on whether it is read or was generated. `progress` gets
+    bytes of weights stored so far and bytes in all.
 
     Raises ModelError; nothing is allocated before config, tensors and memory have been found good, and the memory
     plan is logged before it is carried out.

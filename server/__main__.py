@@ -81,7 +81,7 @@ def serve(
         bool | None, _setting("Guess from the prompt what comes next; same answers.", "with int4 and int8")
     ] = None,
     deterministic: Annotated[
-        bool | None, _setting("Refuse fp32 and bf16, whose sums depend on the batch.", ServerConfig.deterministic)
+        bool | None, _setting("Same bits read or generated; slower prompts; int8, int4.", ServerConfig.deterministic)
     ] = None,
     token_budget: Annotated[int | None, _setting("Tokens of one step.", ServerConfig.token_budget)] = None,
     target_gap_ms: Annotated[float | None, _setting("Gap beside long prompts.", ServerConfig.target_gap_ms)] = None,

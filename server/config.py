@@ -131,7 +131,7 @@ class ServerConfig:
     page_size: int = 32  # tokens
     prefix_cache: bool = True  # what requests have computed is kept for those that begin alike
     speculation: bool | None = None  # prompt lookup; None: where a row's result does not depend on the others
-    deterministic: bool = False  # refuses models whose answers may depend on what is computed beside them
+    deterministic: bool = False  # a token's bits depend on the tokens before it alone
     token_budget: int = 512  # tokens of one step
     target_gap_ms: float = 60.0  # between tokens of an answer, beside prompts being read
     max_running: int | None = None  # requests in one step; None: 64, or as many as the token budget serves

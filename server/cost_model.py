@@ -30,6 +30,7 @@ MIN_SAMPLES = 5  # steps of a phase before anything is said of it
 _MEMORY = 0.995  # weight of a step against the next of its phase: about the last two hundred count
 _RECENT = 0.95  # and in how fast the machine is just now
 _RECENT_MIXED = 0.8  # and in how much slower steps are that read prompts beside decodes
+_STRAY = 1.5  # times the forecast: what took longer counts as that in the latter
 _REFIT = 16  # steps after which the coefficients are solved for anew
 _SHORTEST = 1e-6  # seconds, below which no clock tells
 _SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
@@ -208,7 +209,8 @@ class CostModel:
         if work.is_mixed:
             self._mixed_samples += 1
             rate = max(1 - _RECENT_MIXED, 1 / self._mixed_samples)
-            self._mixed += rate * (slowness / self._slowness - self._mixed)
+            mixed = min(slowness / self._slowness, _STRAY * self._mixed)
+            self._mixed += rate * (mixed - self._mixed)
         self._slowness += (1 - _RECENT) * (machine - self._slowness)
 
     def _fitted(self, work: Work) -> float:

@@ -149,8 +149,7 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Advance]:
         """Books what the step computed: once, for the latest plan. Requests that finished since it was made are left
-        out. Raises ValueError if `plan` or `result` is not of this step.
-        """
+        out. Raises ValueError if `plan` or `result` is not of this step."""
         if self._in_flight is None or plan is not self._in_flight[0]:
             raise ValueError("only the latest plan can be committed, once")
         requests = self._in_flight[1]
@@ -231,16 +230,14 @@ class Scheduler:
 
     def _plan_chunk(self, request: Request, length: int, planned: dict[Request, Chunk]) -> None:
         """Takes the blocks for the next `length` tokens. If they are too few, the youngest are preempted. Who is so,
-        perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
-        """
+        perhaps `request` itself, is in no plan: some of the blocks it needs are taken."""
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
         if request.given and not given.room_to_score(planned.values()):  # those before it have it all, in this step
             return
         request_blocks.take_cached(self._pool, request, length)
-        length = min(length, request.num_uncomputed)
-        if request.num_computed < request.answer_start:  # a prompt's tokens have an arithmetic of their own
-            length = min(length, request.answer_start - request.num_computed)
+        reach = request.answer_start if request.num_computed < request.answer_start else request.num_tokens
+        length = min(length, reach - request.num_computed)  # a prompt's tokens have an arithmetic of their own
         if request.given:
             length = given.most_tokens(request, length, planned.values())
         missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)

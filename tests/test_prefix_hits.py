@@ -19,8 +19,8 @@ SAMPLINGS = (SamplingParams(logprobs=3), SamplingParams(temperature=1.0, seed=7,
 
 
 @pytest.fixture(scope="module")
-def load(tiny_model_path: Path) -> Callable[[str], LoadedModel]:
-    def load(dtype: str) -> LoadedModel:
+def load(tiny_model_path: Path) -> Callable[..., LoadedModel]:
+    def load(dtype: str, *, deterministic: bool = False) -> LoadedModel:
         return load_model(
             open_checkpoint(tiny_model_path),
             dtype=dtype,
@@ -30,6 +30,7 @@ def load(tiny_model_path: Path) -> Callable[[str], LoadedModel]:
             max_context=512,
             token_budget=64,
             kv_memory=8 << 20,
+            deterministic=deterministic,
         )
 
     return load
@@ -54,7 +55,7 @@ def answers(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int4"])
-def test_a_hit_answers_as_a_cold_start(load: Callable[[str], LoadedModel], dtype: str) -> None:
+def test_a_hit_answers_as_a_cold_start(load: Callable[..., LoadedModel], dtype: str) -> None:
     """Prompts that repeat, go on, or leave each other within a page. In bf16 and int4, tokens and logprobs are the
     same to the last bit; torch's own products in fp32 depend on how many rows are computed at once.
     """
@@ -70,3 +71,15 @@ def test_a_hit_answers_as_a_cold_start(load: Callable[[str], LoadedModel], dtype
         for ours, theirs in zip(warm, cold, strict=True):
             assert [token.token_id for token in ours] == [token.token_id for token in theirs]
             assert [token.logprob for token in ours] == pytest.approx([token.logprob for token in theirs], abs=1e-4)
+
+
+def test_deterministic_answers_that_come_back_in_prompts_are_hits_like_others(load: Callable[..., LoadedModel]) -> None:
+    """As in a chat. Otherwise, where prompts have an arithmetic of their own, they are close but not the same."""
+    model = load("int4", deterministic=True)
+    prompt = [(7 * number) % 300 for number in range(40)]
+    (first,), _ = answers(model, [prompt], prefix_cache=False)
+    chat = prompt + [token.token_id for token in first] + [5, 6, 7]
+    cold, none = answers(model, [prompt, chat], prefix_cache=False)
+    warm, hits = answers(model, [prompt, chat], prefix_cache=True)
+    assert (none, hits) == (0, len(prompt) + len(first) - 1)
+    assert warm == cold

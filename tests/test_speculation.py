@@ -13,8 +13,9 @@ from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
 
+REPETITIVE = dict.fromkeys(range(40, 43), 8.0)  # an answer of few words is guessed now and then, whatever the network
 SAMPLINGS = (
-    SamplingParams(logprobs=3),
+    SamplingParams(logprobs=3, logit_bias=REPETITIVE),
     SamplingParams(temperature=0.3, seed=7, logprobs=2),
     SamplingParams(temperature=0.05, top_p=0.9, repetition_penalty=1.05, frequency_penalty=0.01, seed=3, logprobs=2),
     SamplingParams(temperature=1.5, top_k=3, presence_penalty=0.2, seed=5, logprobs=1),

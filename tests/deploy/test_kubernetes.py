@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import os
+import ssl
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
 from tests.deploy.manifests import Complain, Object, only, problems, render
+from tests.support.certificates import make_pair
+from tests.support.process import ServerProcess
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 POD = "spec.template.spec"
@@ -133,6 +139,30 @@ def test_every_kind_is_there(overlays: dict[str, list[Object]]) -> None:
     assert kinds["cpu"] == cluster | {"HorizontalPodAutoscaler"}
     assert kinds["gpu"] == cluster | {"ScaledObject", "PersistentVolumeClaim"}
     assert kinds["dev"] == common | {"PersistentVolumeClaim"}
+
+
+def test_with_tls_the_probes_and_the_flags_are_right_for_a_real_server(
+    overlays: dict[str, list[Object]], serve: Callable[..., ServerProcess], tiny_model_path: Path, tmp_path: Path
+) -> None:
+    """With the files of the Secrets in another folder."""
+    (container,) = only(overlays["tls"], "Deployment")["spec"]["template"]["spec"]["containers"]
+    for secret in ("pagestream-tls", "pagestream-keys"):
+        (tmp_path / secret).mkdir()
+    authority = make_pair(tmp_path, "authority")
+    own = make_pair(tmp_path, "own", authority)
+    for file, name in ((own.cert, "tls.crt"), (own.key, "tls.key"), (authority.cert, "ca.crt")):
+        file.rename(tmp_path / "pagestream-tls" / name)
+    (tmp_path / "pagestream-keys" / "keys.toml").write_text("")
+    flags = [flag.replace("/etc", str(tmp_path)) for flag in container["args"][3:]]
+    server = serve(tiny_model_path, "--threads", "1", "--kv-memory", "8MiB", *flags)
+    asked = [part.replace("/etc", str(tmp_path)) for part in container["livenessProbe"]["exec"]["command"][1:]]
+    command = [sys.executable, "-m", "pagestream.server", *asked, "--address", server.address]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "SERVING\n"
+    probe = container["readinessProbe"]["httpGet"]
+    url = f"{probe['scheme'].lower()}://{server.http_address}{probe['path']}"
+    trusted = ssl.create_default_context(cafile=tmp_path / "pagestream-tls" / "ca.crt")
+    with urlopen(url, context=trusted, timeout=20) as answer:  # noqa: S310 - loopback
+        assert answer.status == 200
 
 
 def with_mistake(objects: list[Object], kind: str, path: str, value: object) -> list[Object]:

@@ -21,7 +21,7 @@ def batch_of(streams: list[tuple[list[int], int, list[int]]], **options: object)
     """Of each stream, (tokens, start, blocks), what is left to compute."""
     samplings = (SamplingParams(logprobs=2), SamplingParams(temperature=1.0, seed=3, logprobs=2))
     chunks = (
-        Chunk(str(i), tokens, len(tokens) - 1, start, len(tokens) - start, blocks, samplings[i % 2], **options)  # type: ignore[arg-type]
+        Chunk(str(i), tokens, len(tokens), start, len(tokens) - start, blocks, samplings[i % 2], **options)  # type: ignore[arg-type]
         for i, (tokens, start, blocks) in enumerate(streams)
     )
     return StepPlan(tuple(chunks))

@@ -77,6 +77,15 @@ class Stream:
     def is_done(self) -> bool:
         return len(self.tokens) - self.num_prompt >= NUM_NEW
 
+    @property
+    def is_prefill(self) -> bool:
+        return self.computed < self.num_prompt
+
+    @property
+    def left(self) -> int:
+        """What one chunk may compute."""
+        return (self.num_prompt if self.is_prefill else len(self.tokens)) - self.computed
+
     def chunk(self, length: int, free: list[int]) -> Chunk:
         while len(self.blocks) * PAGE_SIZE < self.computed + length:
             self.blocks.append(free.pop())
@@ -107,7 +116,7 @@ def answers_alone(runner: Runner) -> list[list[int]]:
     for stream in streams():
         free = list(range(NUM_PAGES))
         while not stream.is_done:
-            advance(runner, [stream], [len(stream.tokens) - stream.computed], free)
+            advance(runner, [stream], [stream.left], free)
         answers.append(stream.tokens)
     return answers
 
@@ -125,7 +134,8 @@ def test_tokens_do_not_depend_on_batch_chunks_pages_or_preemption(runner: Runner
             victim = chosen.pop()
             free += victim.blocks
             victim.blocks, victim.computed, preemptions = [], 0, preemptions + 1
-        lengths = [int(random.integers(1, min(len(s.tokens) - s.computed, 20) + 1)) for s in chosen]
+        chosen.sort(key=lambda stream: stream.is_prefill)
+        lengths = [int(random.integers(1, min(stream.left, 20) + 1)) for stream in chosen]
         if chosen:
             advance(runner, chosen, lengths, free)
     assert preemptions > 0

@@ -185,9 +185,8 @@ class Simulation:
         assert plan.num_tokens <= self.token_budget
         kinds = [chunk.is_prefill for chunk in plan.chunks]
         assert kinds == sorted(kinds), "tokens of prompts come last"
-        assert all(chunk.end <= chunk.num_prompt_tokens for chunk in plan.chunks if chunk.is_prefill), (
-            "and among theirs"
-        )
+        prompts = [chunk for chunk in plan.chunks if chunk.is_prefill]
+        assert all(chunk.end <= chunk.num_prompt_tokens for chunk in prompts), "and among theirs"
 
         result = self.runner.step(plan)
         if plan.chunks and self.steps % 3 == 0:  # as after a fault
