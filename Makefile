@@ -61,9 +61,11 @@ fuzz: setup .venv/.test  ## 10,000 damaged model files and 1,000,000 absurd mess
 	@PYTHONPATH=. $(BIN)/python -m tests.support.fuzz_files --out "$(OUT)"
 	@PYTHONPATH=. $(BIN)/python -m tests.support.fuzz_wire --out "$(OUT)"
 
+# Without their "+cpu", which no database lists. Strict: what could not be looked up must not pass for well.
 audit: .venv/.installed  ## known vulnerabilities of what is installed; asks a public database over the network
 	@$(PYTHON) -m venv build/audit && build/audit/bin/pip --disable-pip-version-check install --quiet pip-audit==2.10.1
-	@build/audit/bin/pip-audit --path .venv/lib/python3*/site-packages --skip-editable
+	@$(BIN)/pip freeze --exclude-editable | sed 's/+.*//' >build/audit/installed.txt
+	@build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement build/audit/installed.txt
 
 # Uses the python3 it finds, not .venv: machines with a GPU bring their own torch, which must not be replaced.
 gpu-check: build/tree  ## everything that needs a GPU; JSON and a log in $$OUT

@@ -3,12 +3,14 @@
 Method: the engine as it is served, in this process, without gRPC. Prompts of random tokens, 128 to 8,000, in random
 order, each alone, with a few tokens of answer. The model is fitted on line to the times of steps, as always. Beside it
 stand, over the same steps, the seconds that the compiled network itself counts in attention and in products with
-weights, fitted to the same tokens and squares by least squares through 0.
+weights, and the rest of their time, fitted to the same tokens and squares by least squares through 0.
 
 Operations: 2 P' per prompt token (P': parameters less the embedding), 2 L Hq d per token squared. At equal rates they
-cost the same at P' / (L Hq d) tokens. Attention and products run at different rates, so the forecast of c is its
-operations at the rate that attention ran at, and that of the crossover the ratio of operations times the ratio of
-rates. The last line is one JSON document.
+cost the same at P' / (L Hq d) tokens. But attention and products run at different rates, which change when either gets
+faster, and a prompt's tokens cost more than products. So the forecast of c is its operations at the rate that attention
+ran at (`c_fitted_over_operations`), which holds whatever products cost. The crossover is foretold three times: by
+operations at equal rates (of the model alone), at the two rates (as if there were nothing but products), and by the
+kernels' clock. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8000)
 
 
 class Kernels:
-    """Seconds in attention and products of each step that reads a prompt, with its tokens and squares."""
+    """Seconds in attention, in products and outside attention of each step that reads a prompt, with its tokens and
+    squares."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[int, int, float, float]] = []
+        self.steps: list[tuple[int, int, float, float, float]] = []
 
     def watch(self) -> None:
         run = Runner.step
@@ -52,19 +55,24 @@ class Kernels:
         def step(runner: Runner, plan: StepPlan) -> StepResult:
             decoder = runner._network._decoder  # noqa: SLF001 - nobody else asks
             before = decoder.seconds() if decoder else (0.0, 0.0)
+            begun = time.perf_counter()
             result = run(runner, plan)
+            seconds = time.perf_counter() - begun
             after = decoder.seconds() if decoder else (0.0, 0.0)
             work = work_of(plan.chunks)
             if work.tokens:
-                self.steps.append((work.tokens, work.squares, after[0] - before[0], after[1] - before[1]))
+                attention, products = after[0] - before[0], after[1] - before[1]
+                self.steps.append((work.tokens, work.squares, attention, products, seconds - attention))
             return result
 
         Runner.step = step  # type: ignore[method-assign]
 
-    def seconds_per(self) -> tuple[float, float]:
-        """Of attention per token squared, of products per token."""
-        tokens, squares, attention, products = np.array(self.steps, float).T
-        return float(squares @ attention / (squares @ squares)), float(tokens @ products / (tokens @ tokens))
+    def seconds_per(self) -> tuple[float, float, float]:
+        """Of attention per token squared, of products per token, of all but attention per token."""
+        tokens, squares, attention, products, rest = np.array(self.steps, float).T
+        per_square = squares @ attention / (squares @ squares)
+        per_token = [tokens @ each / (tokens @ tokens) for each in (products, rest)]
+        return float(per_square), float(per_token[0]), float(per_token[1])
 
 
 def run(model: str, seconds: float) -> tuple[Metrics, Kernels, int]:
@@ -104,7 +112,7 @@ def main() -> None:
     config = open_checkpoint(resolve_model(options.model, ServerConfig().cache_dir, print)).config
     parameters = count_parameters(config) - config.vocab_size * config.hidden_size
     queries = config.num_layers * config.num_heads * config.head_dim
-    attention, products = kernels.seconds_per()
+    attention, products, rest = kernels.seconds_per()
     rates = {"attention": 2 * queries / attention, "products": 2 * parameters / products}
     values = metrics.read().values
     fit = {
@@ -117,6 +125,7 @@ def main() -> None:
     }
     forecast = parameters / queries * rates["attention"] / rates["products"]
     fitted = fit["prefill_b"]["seconds"] / fit["prefill_c"]["seconds"] if fit["prefill_c"]["seconds"] else None
+    of_operations = fit["prefill_c"]["seconds"] / (2 * queries / rates["attention"])
     residuals = metrics.read().histograms["cost_residual_ratio"]
     result: dict[str, Any] = {
         "read_bandwidth_gb_s": read_bandwidth() / 1e9,
@@ -128,9 +137,11 @@ def main() -> None:
         "crossover_tokens": {
             "operations_at_equal_rates": parameters / queries,
             "operations_at_measured_rates": forecast,
+            "clock": rest / attention,
             "fitted": fitted,
         },
-        "c_fitted_over_attention_kernel": fit["prefill_c"]["seconds"] / attention,
+        "c_fitted_over_operations": of_operations,
+        "is_within_25_percent": abs(of_operations - 1) <= 0.25,
         "b_fitted_over_products_kernel": fit["prefill_b"]["seconds"] / products,
         "mean_residual_ratio": (residuals.sums / residuals.counts[:, -1]).tolist(),  # prefill, decode
         "achieved_bytes_per_second": {what: v for (what,), v in values["achieved_bandwidth_bytes_per_second"].items()},

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import random
 import re
 import statistics
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from record import read_bandwidth, save
+from record import read_bandwidth, save, seconds_of_others
 
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
@@ -52,6 +53,13 @@ class Call:
 
 @contextlib.contextmanager
 def server(*flags: str) -> Iterator[str]:
+    with server_process(*flags) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def server_process(*flags: str) -> Iterator[tuple[str, int]]:
+    """Its address and process id."""
     command = [sys.executable, "-m", "pagestream.server", "serve", "--grpc-port", "0", "--http-port", "0", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own server
     try:
@@ -63,7 +71,7 @@ def server(*flags: str) -> Iterator[str]:
                 break
         else:
             raise RuntimeError(f"the server ended with {process.wait()}")
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.communicate()
@@ -96,16 +104,19 @@ async def one_stream_and_a_long_prompt(address: str, long_tokens: int) -> dict[s
         victim = Call(0.0)
         decoding = asyncio.create_task(stream(stub, 64, 100_000, victim))
         await asyncio.sleep(4)  # the stream alone
-        long_begun = time.perf_counter()
+        others, long_begun = seconds_of_others(), time.perf_counter()
         reading = asyncio.create_task(stream(stub, long_tokens, 1))
         await asyncio.sleep(long_alone * 0.6)
         short = await stream(stub, 32, 1)
         long = await reading
+        others = seconds_of_others() - others
         decoding.cancel()
         await asyncio.gather(decoding, return_exceptions=True)
     beside = victim.gaps(long_begun, long.tokens[0])
+    share = others / (long.time_to_first_token * len(os.sched_getaffinity(0)))
     computed = long_tokens + 32 + len(beside)  # while the long prompt was read
     return {
+        "processors_taken_by_others": max(share, 0.0),  # of the whole machine; above 0.02, try again
         "gap_alone_ms": _milliseconds(victim.gaps(end=long_begun)),
         "gap_beside_ms": _milliseconds(beside),
         "long_ttft_s": {"alone": long_alone, "beside": long.time_to_first_token},

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -19,15 +20,22 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)  # noqa: S607
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip(),
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _commit() -> str:
+    """Empty outside a checkout, and on a machine without git."""
+    if (git := shutil.which("git")) is None:
+        return ""
+    command = [git, "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603 - the user's own git
 
 
 def _cpu_name() -> str:
@@ -47,6 +55,19 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
         data.sum()
         seconds.append(time.perf_counter() - started)
     return data.nbytes / statistics.median(seconds)
+
+
+def seconds_of_others() -> float:
+    """Processor time of all that runs on this machine beside this process and its children, in seconds since some
+    moment: what they took meanwhile tells whether a measurement was alone."""
+    busy = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    children = [pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()]
+    own = 0
+    for pid in ("self", *children):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        own += int(fields[11]) + int(fields[12])
+    idle = busy[3] + busy[4]  # and waiting for a disk
+    return (sum(busy) - idle - own) / os.sysconf("SC_CLK_TCK")
 
 
 def save(name: str, result: dict[str, Any], folder: Path) -> Path:

@@ -89,12 +89,12 @@ def _answer(nanoseconds: Counter[str]) -> None:
 
 
 def _grpc_nanoseconds() -> int:
-    """Processor time of the event loop, which is the main thread, and of gRPC's own threads."""
+    """Processor time of the event loop, which is the main thread, of who wakes it, and of gRPC's own threads."""
     ours = {thread.native_id: thread.name for thread in threading.enumerate()}
     total = 0
     for task in Path("/proc/self/task").iterdir():
         name = ours.get(int(task.name)) or (task / "comm").read_text()
-        if name.startswith(("MainThread", "grpc", "event_engine")) or "_poll_wrapper" in name:
+        if name.startswith(("MainThread", "courier", "grpc", "event_engine")) or "_poll_wrapper" in name:
             total += int((task / "schedstat").read_text().split()[0])
     return total
 

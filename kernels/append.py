@@ -16,9 +16,9 @@ from pagestream.kernels.checks import (
     check_scales,
     check_shape,
 )
-from pagestream.kernels.operators import load_kernels
+from pagestream.kernels.operators import gpu_takes, load_kernels
 
-_MAX_HEAD_SIZE = 256
+_MAX_GPU_HEAD_SIZE = 256
 
 torch.library.define(
     "pagestream::append_kv",
@@ -55,7 +55,8 @@ def append_kv(
     mod D. `norm_weight` `[Hq + Hkv, D]` in the dtype of `heads`: the weights of an RMS norm before that (Qwen 3), whose
     epsilon is `epsilon`. Caches `[P, Hkv, B, D]`, `slots` int64 `[T]` as in `store_kv`, but on CUDA a slot outside
     the cache is skipped. Caches of float8_e4m3fn receive keys and values divided by `key_scales` and `value_scales`,
-    float32 `[Hkv]`, 1 by default, and cut off at 448. Arithmetic in float32, rounded once.
+    float32 `[Hkv]`, 1 by default, and cut off at 448; caches of int8 receive what `store_kv` writes. Arithmetic in
+    float32, rounded once.
 
     Raises ValueError for a wrong dtype, device, layout or shape.
     """
@@ -63,8 +64,6 @@ def append_kv(
     check_dtype(torch.float32, ("cos", cos), ("signed_sin", signed_sin))
     check_dtype(torch.int64, ("slots", slots))
     check_caches(key_cache, value_cache)
-    if key_cache.dtype == torch.int8:
-        raise ValueError(f"key_cache is {torch.int8}: store_kv takes it, append_kv does not")
     check_scales(key_cache, key_scales=key_scales, value_scales=value_scales)
     flat = (("cos", cos), ("signed_sin", signed_sin))
     weights = [] if norm_weight is None else [("norm_weight", norm_weight)]
@@ -85,5 +84,6 @@ def append_kv(
 
 
 def _has_kernel(heads: Tensor, key_cache: Tensor) -> bool:
-    pairs = {(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, FLOAT8)}
-    return not heads.is_cuda or ((heads.dtype, key_cache.dtype) in pairs and heads.shape[2] <= _MAX_HEAD_SIZE)
+    if not heads.is_cuda:
+        return key_cache.dtype != FLOAT8
+    return gpu_takes(heads.dtype, key_cache.dtype) and heads.shape[2] <= _MAX_GPU_HEAD_SIZE

@@ -95,10 +95,10 @@ class Workload:
         self.out = torch.empty_like(self.query)
         starts = torch.arange(case.batch + 1, dtype=torch.int32, device="cuda")
         self.starts, self.lengths = starts * case.rows, torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        self.workspace = attention_workspace(self.query)
         rows = (case.batch * case.rows, _HEADS)
         self.stats = None if case.stats == "off" else torch.empty(*rows, 5, device="cuda")
         self.page_masses = torch.empty(*rows, tables.shape[1], device="cuda") if case.stats == "pages" else None
+        self.workspace = attention_workspace(self.query, page_masses=self.page_masses, page_size=case.page_size)
 
     def step(self) -> None:
         """One plan and a call per copy, as the layers of a step."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,7 +112,7 @@ class Decoder:
         self._epsilon, self._magnitude = epsilon, magnitude
         self._num_layers, self._vocabulary = len(layers), vocabulary
         self._num_heads, self._cache_heads = num_heads, (num_kv_heads, head_size)
-        self._seconds = torch.zeros(2, dtype=torch.float64)
+        self._seconds = np.zeros(2)
 
     def __call__(
         self,
@@ -155,7 +156,8 @@ class Decoder:
         self._check_caches(caches, scales)
         if observation is not None:
             observation.check(self._num_layers, self._num_heads, block_tables.shape[1])
-        logits = torch.empty(len(sampled_rows), self._vocabulary)
+        # Not torch.empty, which lets go of the interpreter: others would take it before the kernels run.
+        logits = torch.from_numpy(np.empty((len(sampled_rows), self._vocabulary), np.float32))
         torch.ops.pagestream.decode.default(
             self._model,
             self._epsilon,
@@ -171,7 +173,7 @@ class Decoder:
             caches,
             scales,
             logits,
-            self._seconds,
+            torch.from_numpy(self._seconds),
             *(observation or (None,) * len(Observation._fields)),
         )
         return logits

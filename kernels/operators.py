@@ -37,7 +37,9 @@ torch.library.define(
     "(Tensor query_starts, Tensor context_lengths, int num_heads, int num_kv_heads, int head_size, int window, "
     "Tensor(a!) workspace) -> ()",
 )
-torch.library.define("pagestream::attention_workspace_size", "(Tensor query) -> int")
+torch.library.define(
+    "pagestream::attention_workspace_size", "(Tensor query, Tensor? page_masses=None, int page_size=16) -> int"
+)
 torch.library.define(
     "pagestream::store_kv",
     "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots, "
@@ -56,7 +58,7 @@ def _nothing_to_shape(*_args: object) -> None:
     """Fake implementation: everything is written in place."""
 
 
-def _no_workspace(_query: Tensor) -> int:
+def _no_workspace(_query: Tensor, _page_masses: Tensor | None = None, _page_size: int = 16) -> int:
     return 0
 
 
@@ -140,7 +142,7 @@ def paged_attention(
     a bit of `out`.
 
     `workspace`: planned by `plan_attention` for these lengths, heads and window, which saves a GPU planning anew in
-    each layer, and allocating. Without one the call sees to it itself.
+    each layer, and allocating: then nothing does. Without one the call sees to it itself.
 
     Raises ValueError for a wrong dtype, device, layout, shape or value of `window`, and for lengths or page ids that
     point outside the tensors (the reference: IndexError, and only where it meets one; CUDA: unchecked, as nothing is
@@ -186,11 +188,15 @@ def paged_attention(
     )
 
 
-def attention_workspace(query: Tensor) -> Tensor:
+def attention_workspace(query: Tensor, *, page_masses: Tensor | None = None, page_size: int = 16) -> Tensor:
     """What `paged_attention` needs besides its arguments for any batch on this device whose queries have the head size
-    of `query` `[T, Hq, D]`: float32, made once and planned in each step. Without elements where none is needed."""
+    of `query` `[T, Hq, D]`: float32, made once and planned in each step. Without elements where none is needed.
+
+    `page_masses` `[T, Hq, M]`: the largest that calls will be given, for pages of `page_size`; a call whose page masses
+    do not fit raises RuntimeError.
+    """
     load_kernels(query)
-    size = torch.ops.pagestream.attention_workspace_size.default(query)
+    size = torch.ops.pagestream.attention_workspace_size.default(query, page_masses, page_size)
     return torch.empty(size, dtype=torch.float32, device=query.device)
 
 
@@ -238,9 +244,9 @@ def quantized_linear(
     dot product of integers is exact; groups are added in float32, in order. A row's result does not depend on the rows
     beside it; a NaN in a row makes the row NaN.
 
-    The last `prefill_rows` rows, those of prompts, have another, faster arithmetic where there is one (AMX): they
-    and the weights are rounded to bfloat16, products are added in float32 in the order of the inputs. So a row's bits
-    depend on its kind, but not on how many there are.
+    The last `prefill_rows` rows, those of prompts, have another, faster arithmetic where the machine has one (AMX):
+    they and the weights are rounded to bfloat16, products are added in float32 in the order of the inputs. So a row's
+    bits depend on its kind, but not on how many there are.
 
     `input` and `out` share one of float32, bfloat16, float16.
     Raises ValueError for a wrong dtype, device, layout or shape.
@@ -263,8 +269,12 @@ def _has_kernel(query: Tensor, key_cache: Tensor) -> bool:
     """What the kernels of a device do not take, the reference serves there too."""
     if not query.is_cuda:
         return key_cache.dtype != FLOAT8
-    pairs = {(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, FLOAT8)}
-    return (query.dtype, key_cache.dtype) in pairs and query.shape[2] in _GPU_HEAD_SIZES
+    return gpu_takes(query.dtype, key_cache.dtype) and query.shape[2] in _GPU_HEAD_SIZES
+
+
+def gpu_takes(rows: torch.dtype, cache: torch.dtype) -> bool:
+    """Which queries, keys and values the CUDA kernels take, and with which caches."""
+    return rows != torch.float32 and cache in (rows, FLOAT8)
 
 
 def load_kernels(tensor: Tensor) -> None:

@@ -60,10 +60,12 @@ def append_kv(
         query_key = torch.nn.functional.rms_norm(query_key, (head_size,), eps=epsilon) * norm_weight.float()
     swapped = query_key.roll(head_size // 2, -1)
     rotated = query_key * cos[:, None] + swapped * signed_sin[:, None]
-    key = _divide(rotated[:, num_heads:], key_scales)
-    value = _divide(heads[:, -num_kv_heads:], value_scales)
-    store_kv(key, value, key_cache, value_cache, slots)
     heads[:, :num_heads] = rotated[:, :num_heads].to(heads.dtype)
+    key, value = rotated[:, num_heads:], heads[:, -num_kv_heads:]
+    if key_cache.dtype == torch.int8:
+        store_kv(key, value, key_cache, value_cache, slots, key_scales, value_scales)
+    else:
+        store_kv(_divide(key, key_scales), _divide(value, value_scales), key_cache, value_cache, slots)
 
 
 def _divide(rows: Tensor, scales: Tensor | None) -> Tensor:

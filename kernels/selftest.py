@@ -19,7 +19,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pagestream.kernels.operators import paged_attention, store_kv
+from pagestream.kernels.append import append_kv
+from pagestream.kernels.operators import paged_attention
 
 TESTS = ("T1", "T7", "T13", "T19")
 
@@ -114,8 +115,17 @@ class _Pages:
         scaled = setting.kv_dtype == torch.int8
         self._scales = (scales[:, :, 0], scales[:, :, 1]) if scaled else (None, None)
         slots = (self._table[:, None] * self.page_size + torch.arange(self.page_size, device=keys.device)).flatten()
-        store_kv(
-            keys, values, *self._caches, slots[: len(keys)], key_scales=self._scales[0], value_scales=self._scales[1]
+        heads = torch.cat((torch.zeros_like(keys), keys, values), 1)
+        cos = torch.ones(len(keys), setting.head_size, device=keys.device)  # positions 0: nothing is rotated
+        key_scales, value_scales = self._scales
+        append_kv(
+            heads,
+            cos,
+            torch.zeros_like(cos),
+            *self._caches,
+            slots[: len(keys)],
+            key_scales=key_scales,
+            value_scales=value_scales,
         )
         meant = rows.double() * scales[..., None] if scaled else rows.double()
         stored = meant[self._table, 0].transpose(0, 1).flatten(1, 2)[:, : len(keys)]  # [2, n, D]

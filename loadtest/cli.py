@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.live import Live
 
 if TYPE_CHECKING:
+    from pagestream.loadtest.credentials import Credentials
     from pagestream.loadtest.measures import Objectives
     from pagestream.loadtest.plan import Plan
+    from pagestream.loadtest.scrape import MetricsPage
 
 REGRESSED, USAGE, UNREACHABLE, INTERRUPTED = 1, 2, 4, 130  # exit codes; 0 is a clean end
 
@@ -31,6 +33,15 @@ app = typer.Typer(
 TargetUrl = Annotated[str, typer.Option(help="grpc://HOST:PORT, or http://HOST:PORT of any OpenAI-compatible server.")]
 Metrics = Annotated[
     str | None, typer.Option(help="URL of the server's /metrics.", show_default="port 8080, or /metrics beside http://")
+]
+TlsCa = Annotated[
+    str | None, typer.Option(metavar="PATH", help="PEM of the server's authority.", show_default="no TLS")
+]
+TlsCert = Annotated[str | None, typer.Option(metavar="PATH", help="PEM of the client's own certificate.")]
+TlsKey = Annotated[str | None, typer.Option(metavar="PATH", help="PEM of its private key.")]
+Token = Annotated[
+    str | None,
+    typer.Option(help="Of the server's key file; of a key with metrics to read those.", envvar="PAGESTREAM_TOKEN"),
 ]
 
 
@@ -52,9 +63,15 @@ def run(
     seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = 0,
     metrics: Metrics = None,
     server_metrics: Annotated[bool, typer.Option(help="Read the server's own numbers too.")] = True,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="loadtest-DATE-TIME")] = None,
 ) -> None:
-    """Sends requests and writes a folder: every token's moment, percentiles by length, the server's view beside them.
+    """Sends requests and writes down when each token came, and percentiles by length.
+
+    All of it goes to a folder, with the server's own view beside it.
 
     Scenarios: fixed:prompt=128,output=64 · bimodal:short=64,long=2048,share=0.2 · ladder:lengths=64/512/4096 ·
     shared-prefix:prefix=512,groups=4 · multi-turn:turns=4,user=64 · trace:file=FILE.
@@ -64,8 +81,10 @@ def run(
 
     Example: [bold]pagestream loadtest run bimodal --arrivals poisson:rate=2 --seconds 30 --slo ttft=1[/]
     """
+    from pagestream.loadtest.credentials import Credentials  # noqa: PLC0415
     from pagestream.loadtest.measures import Objectives  # noqa: PLC0415
     from pagestream.loadtest.plan import Plan  # noqa: PLC0415
+    from pagestream.loadtest.scrape import MetricsPage  # noqa: PLC0415
     from pagestream.loadtest.spec import SpecError, parse_settings  # noqa: PLC0415
     from pagestream.loadtest.target import metrics_url  # noqa: PLC0415
 
@@ -74,16 +93,19 @@ def run(
         objectives = parse_settings(slo, Objectives, what="slo")
         for plan in plans:
             plan.check()
-    except SpecError as error:
+        credentials = Credentials(tls_ca, tls_cert, tls_key, token)
+        page = MetricsPage(metrics or metrics_url(target, credentials), credentials) if server_metrics else None
+    except (SpecError, OSError) as error:
         _fail(error, USAGE)
-    url = (metrics or metrics_url(target)) if server_metrics else None
     folder = out or Path(f"loadtest-{dt.datetime.now():%Y%m%d-%H%M%S}")
     for number, plan in enumerate(plans, start=1):
         name = f"{number}-{plan.shape.partition(':')[0]}"
-        _run_one(plan, objectives, url, folder / name if len(plans) > 1 else folder)
+        _run_one(plan, objectives, page, folder / name if len(plans) > 1 else folder, credentials)
 
 
-def _run_one(plan: Plan, objectives: Objectives, url: str | None, folder: Path) -> None:
+def _run_one(
+    plan: Plan, objectives: Objectives, page: MetricsPage | None, folder: Path, credentials: Credentials
+) -> None:
     from pagestream.loadtest.report import live_view, print_summary  # noqa: PLC0415
     from pagestream.loadtest.run import Progress  # noqa: PLC0415
     from pagestream.loadtest.run import run as run_plan  # noqa: PLC0415
@@ -108,7 +130,7 @@ def _run_one(plan: Plan, objectives: Objectives, url: str | None, folder: Path) 
         def show(progress: Progress) -> None:
             live.update(live_view(progress))
 
-        return await run_plan(plan, objectives, url, folder, show)
+        return await run_plan(plan, objectives, page, folder, show, credentials)
 
     console.print(f"{plan.shape} · {plan.arrivals} → {plan.target}")
     try:
@@ -177,24 +199,44 @@ def degradation(
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two: up to 1,024 tokens, few trials.")] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="latency, dilution or quality; other parts stay as they are in --out.", show_default="all"),
+        typer.Option(
+            help="latency, interference, dilution, quality or control; other parts stay as they are in --out.",
+            show_default="all",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=2, help="Of each length and task: what answers take.", show_default="40, quick: 4")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="grpc://HOST:PORT of another server of the model, as with --dtype fp32: the control."),
     ] = None,
     against: Annotated[Path | None, typer.Option(help="JSON of another card, which this one should repeat.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same prompts.")] = 0,
     metrics: Metrics = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
     out: Annotated[Path, typer.Option(help="Folder for the page, the JSON and a figure.")] = Path(),
 ) -> None:
-    """Measures what longer prompts cost a model, as served: seconds, attention, answers. Needs a server without other
-    work; ten minutes on two cores for 135 M parameters.
+    """Measures what longer prompts cost a model, as served: seconds, attention, answers.
+
+    Needs a server without other work; half an hour on two cores for 135 M parameters, most of it for the answers.
 
     Example: [bold]pagestream loadtest degradation --out cards[/]
     """
     with _extra():
         from pagestream.loadtest.degradation.command import DegradationError, draw_card  # noqa: PLC0415
+    from pagestream.loadtest.credentials import Credentials  # noqa: PLC0415
     from pagestream.loadtest.target import TargetError, metrics_url  # noqa: PLC0415
 
+    credentials = Credentials(tls_ca, tls_cert, tls_key, token)
+    url = metrics or metrics_url(target, credentials)
     try:
-        agrees = draw_card(target, metrics or metrics_url(target), out, only, against, seed, quick=quick)
+        agrees = draw_card(
+            target, url, out, only, against, seed, credentials, quick=quick, reference=reference, trials=trials
+        )
     except DegradationError as error:
         _fail(error, USAGE)
     except TargetError as error:

@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from pagestream.loadtest.credentials import Credentials
 from pagestream.loadtest.record import Record, ServerTimings
 from pagestream.loadtest.shapes import Vocabulary
 from pagestream.loadtest.target import Call, Target, TargetError, TargetInfo
@@ -25,15 +26,22 @@ _DESCRIBE_SECONDS = 10.0
 class GrpcTarget(Target):
     """One channel, and one more for each call whose connection is to be cut."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials) -> None:
+        """Raises OSError for a file of credentials that cannot be read."""
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._tls, self._metadata = credentials.for_grpc(), credentials.headers
+        self._channel = self._open(_OPTIONS)
         self._stub = GenerationServiceStub(self._channel)
 
+    def _open(self, options: tuple[tuple[str, int], ...]) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self._address, options=options)
+        return grpc.aio.secure_channel(self._address, self._tls, options=options)
+
     async def describe(self) -> TargetInfo:
-        models = ModelServiceStub(self._channel)
+        ask = ModelServiceStub(self._channel).GetModel
         try:
-            response = await models.GetModel(model_pb2.GetModelRequest(), timeout=_DESCRIBE_SECONDS)
+            response = await ask(model_pb2.GetModelRequest(), timeout=_DESCRIBE_SECONDS, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise TargetError(_why_not(self._address, error)) from error
         model = response.model
@@ -48,10 +56,10 @@ class GrpcTarget(Target):
     async def send(self, call: Call, record: Record) -> list[int]:
         answer: list[int] = []
         cuts = call.fault is not None and call.fault.kind == "kill"
-        channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS + _OWN_CONNECTION) if cuts else None
+        channel = self._open(_OPTIONS + _OWN_CONNECTION) if cuts else None
         stub = GenerationServiceStub(channel) if channel else self._stub
         deadline = call.fault.seconds if call.fault and call.fault.kind == "deadline" else call.timeout
-        stream = stub.GenerateStream(_request(call), timeout=deadline)
+        stream = stub.GenerateStream(_request(call), timeout=deadline, metadata=self._metadata)
         try:
             async for event in stream:
                 self._note(event, record, answer)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2 as httpx
 
+from pagestream.loadtest.credentials import Credentials
 from pagestream.loadtest.record import Record
 from pagestream.loadtest.shapes import Vocabulary
 from pagestream.loadtest.target import Call, Target, TargetError, TargetInfo
@@ -22,10 +23,15 @@ _WORDS = string.ascii_lowercase  # letters between spaces are a token each for m
 class HttpTarget(Target):
     """A connection for each call: closing it is how HTTP/1.1 cancels."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, credentials: Credentials) -> None:
+        """Raises OSError for files of credentials that cannot be used."""
         self._url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256), timeout=None, trust_env=False
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+            timeout=None,
+            trust_env=False,
+            headers=dict(credentials.headers),
+            verify=credentials.for_https(),
         )
         self._model = ""
 

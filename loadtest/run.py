@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pagestream.loadtest.credentials import ANONYMOUS, Credentials
 from pagestream.loadtest.manifest import environment
 from pagestream.loadtest.measures import Objectives
 from pagestream.loadtest.plan import Plan
 from pagestream.loadtest.record import Record
-from pagestream.loadtest.scrape import Series, deltas, scrape, watch
+from pagestream.loadtest.scrape import MetricsPage, Series, deltas, watch
 from pagestream.loadtest.summary import summarize
 from pagestream.loadtest.target import TargetError, TargetInfo, connect
 
@@ -41,14 +42,19 @@ class Progress:
 
 
 async def run(
-    plan: Plan, objectives: Objectives, metrics: str | None, folder: Path, show: Callable[[Progress], None]
+    plan: Plan,
+    objectives: Objectives,
+    metrics: MetricsPage | None,
+    folder: Path,
+    show: Callable[[Progress], None],
+    credentials: Credentials = ANONYMOUS,
 ) -> dict[str, Any]:
-    """The summary, which is also written. `metrics` is the URL of the server's /metrics; None leaves the server's view
-    out. `show` is called a few times a second. Cancelling it ends the calls and writes down what there is.
+    """The summary, which is also written. Without `metrics` the server's view is left out. `show` is called a few times
+    a second. Cancelling it ends the calls and writes down what there is.
 
     Raises TargetError if the server cannot be reached, or a worker fails.
     """
-    info = await _describe(plan)
+    info = await _describe(plan, credentials)
     before = await _scrape(metrics)
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress()
@@ -56,7 +62,7 @@ async def run(
     manifest["target"]["vocabulary"] = info.vocabulary.size
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     with suppress(asyncio.CancelledError):
-        await _work(plan, metrics, folder, progress, show)
+        await _work(plan, credentials, metrics, folder, progress, show)
     after = await _scrape(metrics) if metrics else None
     grown = deltas(before, after) if before is not None and after is not None else None
     summary = summarize(progress.records, objectives, grown)
@@ -64,21 +70,21 @@ async def run(
     return summary
 
 
-async def _describe(plan: Plan) -> TargetInfo:
-    target = connect(plan.target)
+async def _describe(plan: Plan, credentials: Credentials) -> TargetInfo:
+    target = connect(plan.target, credentials)
     try:
         return await target.describe()
     finally:
         await target.close()
 
 
-async def _scrape(url: str | None) -> Series | None:
-    if url is None:
+async def _scrape(page: MetricsPage | None) -> Series | None:
+    if page is None:
         return None
     try:
-        return await asyncio.to_thread(scrape, url)
+        return await asyncio.to_thread(page.read)
     except (OSError, ValueError) as error:
-        raise TargetError(f"no metrics at {url} ({error}); --no-server-metrics goes without") from error
+        raise TargetError(f"no metrics at {page.url} ({error}); --no-server-metrics goes without") from error
 
 
 @asynccontextmanager
@@ -94,9 +100,14 @@ async def _beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]
 
 
 async def _work(
-    plan: Plan, metrics: str | None, folder: Path, progress: Progress, show: Callable[[Progress], None]
+    plan: Plan,
+    credentials: Credentials,
+    metrics: MetricsPage | None,
+    folder: Path,
+    progress: Progress,
+    show: Callable[[Progress], None],
 ) -> None:
-    workers = await asyncio.gather(*(_start(plan, number) for number in range(plan.workers)))
+    workers = await asyncio.gather(*(_start(plan, credentials, number) for number in range(plan.workers)))
     try:
         for process in workers:
             message = await asyncio.wait_for(_read(process), _CONNECT_SECONDS)
@@ -115,14 +126,15 @@ async def _work(
         await asyncio.gather(*map(_end, workers))
 
 
-async def _start(plan: Plan, number: int) -> asyncio.subprocess.Process:
+async def _start(plan: Plan, credentials: Credentials, number: int) -> asyncio.subprocess.Process:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "pagestream.loadtest.worker"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=2**26,  # a line holds a stamp for each token of an answer
     )
-    _stdin(process).write(json.dumps({"plan": asdict(plan), "number": number}).encode() + b"\n")
+    order = {"plan": asdict(plan), "credentials": asdict(credentials), "number": number}
+    _stdin(process).write(json.dumps(order).encode() + b"\n")
     return process
 
 

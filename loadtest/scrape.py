@@ -13,6 +13,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from pagestream.loadtest.credentials import ANONYMOUS, Credentials
+
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]  # (name, sorted labels) -> value
 
 WATCHED = (  # while a run lasts
@@ -23,18 +25,26 @@ WATCHED = (  # while a run lasts
     "pagestream_kv_leaked_blocks",
 )
 _SECONDS = 5.0
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def scrape(url: str) -> Series:
-    """Every sample. Raises OSError if nothing answers, ValueError if it is no exposition."""
-    with _OPENER.open(url, timeout=_SECONDS) as response:
-        families = text_string_to_metric_families(response.read().decode())
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in families
-        for sample in family.samples
-    }
+class MetricsPage:
+    """A server's /metrics. Raises OSError for files of credentials that cannot be used."""
+
+    def __init__(self, url: str, credentials: Credentials = ANONYMOUS) -> None:
+        self.url = url
+        https = urllib.request.HTTPSHandler(context=credentials.for_https())
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
+        self._opener.addheaders += credentials.headers
+
+    def read(self) -> Series:
+        """Every sample. Raises OSError if nothing answers, ValueError if it is no exposition."""
+        with self._opener.open(self.url, timeout=_SECONDS) as response:
+            families = text_string_to_metric_families(response.read().decode())
+        return {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+        }
 
 
 def total(series: Series, name: str, **labels: str) -> float:
@@ -43,10 +53,11 @@ def total(series: Series, name: str, **labels: str) -> float:
 
 
 def deltas(before: Series, after: Series) -> Series:
-    """What counters and histograms grew by; series that did not move are left out, gauges are meaningless here."""
+    """What counters and histograms grew by. Series that did not move are left out, but for buckets: the edge of an
+    empty one is where the next begins. Gauges are meaningless here."""
     grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
-    counts = ("_total", "_bucket", "_count", "_sum")
-    return {key: value for key, value in grown.items() if value and key[0].endswith(counts)}
+    counts = ("_total", "_count", "_sum")
+    return {key: v for key, v in grown.items() if key[0].endswith("_bucket") or (v and key[0].endswith(counts))}
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Histogram:
 
 
 def histograms(series: Series, name: str, label: str) -> dict[str, Histogram]:
-    """By the values of one label; the other labels are summed."""
+    """By the values of one label; the other labels are summed. Those without samples are missing."""
     found: dict[str, dict[float, float]] = {}
     for (each, labels), value in series.items():
         values = dict(labels)
@@ -88,7 +99,8 @@ def histograms(series: Series, name: str, label: str) -> dict[str, Histogram]:
             buckets = found.setdefault(values[label], {})
             edge = float(values["le"])
             buckets[edge] = buckets.get(edge, 0.0) + value
-    return {value: _filled(buckets) for value, buckets in found.items()}
+    filled = {value: _filled(buckets) for value, buckets in found.items()}
+    return {value: histogram for value, histogram in filled.items() if histogram.count}
 
 
 def _filled(buckets: Mapping[float, float]) -> Histogram:
@@ -96,13 +108,13 @@ def _filled(buckets: Mapping[float, float]) -> Histogram:
     return Histogram(tuple(edges), tuple(buckets[edge] for edge in edges))
 
 
-async def watch(url: str, path: Path, begin: float, interval: float = 0.5) -> None:
+async def watch(page: MetricsPage, path: Path, begin: float, interval: float = 0.5) -> None:
     """Appends a line with the watched gauges every so many seconds until it is cancelled; a scrape that fails is
     missing from the file."""
     with path.open("w") as lines:
         while True:
             try:
-                series = await asyncio.to_thread(scrape, url)
+                series = await asyncio.to_thread(page.read)
                 values = {name: total(series, name) for name in WATCHED}
                 lines.write(json.dumps({"at": time.monotonic() - begin, **values}) + "\n")
                 lines.flush()

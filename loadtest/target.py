@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from pagestream.loadtest.credentials import ANONYMOUS, Credentials
 from pagestream.loadtest.faults import Fault
 from pagestream.loadtest.record import Record
 from pagestream.loadtest.shapes import Vocabulary
@@ -66,22 +67,26 @@ class Target(ABC):
     async def close(self) -> None: ...
 
 
-def connect(url: str) -> Target:
+def connect(url: str, credentials: Credentials = ANONYMOUS) -> Target:
     """By the scheme: grpc://HOST:PORT is pagestream's own service, http:// or https:// anything that speaks OpenAI's
-    chat completions. Raises SpecError."""
+    chat completions. Raises SpecError, and TargetError for files of credentials that cannot be used."""
     parts = urlsplit(url)
-    if parts.scheme == "grpc" and parts.port:
-        from pagestream.loadtest.grpc_target import GrpcTarget  # noqa: PLC0415 - each target needs its own library
+    try:
+        if parts.scheme == "grpc" and parts.port:
+            from pagestream.loadtest.grpc_target import GrpcTarget  # noqa: PLC0415 - each target needs its own library
 
-        return GrpcTarget(f"{parts.hostname}:{parts.port}")
-    if parts.scheme in ("http", "https") and parts.hostname:
-        from pagestream.loadtest.http_target import HttpTarget  # noqa: PLC0415
+            return GrpcTarget(f"{parts.hostname}:{parts.port}", credentials)
+        if parts.scheme in ("http", "https") and parts.hostname:
+            from pagestream.loadtest.http_target import HttpTarget  # noqa: PLC0415
 
-        return HttpTarget(url)
+            return HttpTarget(url, credentials)
+    except OSError as error:
+        raise TargetError(str(error)) from error
     raise SpecError(f"{url!r} is no target: grpc://HOST:PORT, or http://HOST:PORT for an OpenAI-compatible server")
 
 
-def metrics_url(url: str) -> str:
+def metrics_url(url: str, credentials: Credentials = ANONYMOUS) -> str:
     """Where a server at this URL usually shows its Prometheus metrics."""
     parts = urlsplit(url)
-    return f"http://{parts.hostname}:8080/metrics" if parts.scheme == "grpc" else f"{url.rstrip('/')}/metrics"
+    scheme = "https" if credentials.ca else "http"
+    return f"{scheme}://{parts.hostname}:8080/metrics" if parts.scheme == "grpc" else f"{url.rstrip('/')}/metrics"

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pagestream.loadtest.arrivals import Closed
+from pagestream.loadtest.credentials import Credentials
 from pagestream.loadtest.faults import Fault
 from pagestream.loadtest.plan import Plan
 from pagestream.loadtest.record import Record
@@ -106,7 +107,7 @@ async def _main() -> None:
     task = asyncio.current_task()
     if task is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    target = connect(plan.target)
+    target = connect(plan.target, Credentials(**order["credentials"]))
     try:
         info = await target.describe()
         say(ready=True)

@@ -62,7 +62,8 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
         block_tables[row, : len(pages_in_order)] = pages_in_order
 
     def to_device(values: npt.ArrayLike, dtype: type[np.signedinteger]) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype)).to(device)
+        tensor = torch.from_numpy(np.asarray(values, dtype))
+        return tensor if device.type == "cpu" else tensor.to(device)
 
     return Batch(
         token_ids=to_device(token_ids, np.int64),

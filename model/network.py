@@ -15,7 +15,7 @@ from pagestream.model.batch import Batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
 from pagestream.model.native import native_decoder
-from pagestream.model.rope import RotaryEmbedding, rotate
+from pagestream.model.rope import RotaryEmbedding
 from pagestream.model.weights import LayerWeights, Weights
 
 
@@ -64,8 +64,19 @@ class Network:
             self._weights.layers, cache.layers, cache.layer_scales, self._windows, strict=True
         ):
             normed = self._rms_norm(hidden, layer.attention_norm)
-            query, key, value = self._project(layer, normed, cos, sin)
-            kernels.store_kv(key, value, *caches, batch.slots, key_scales=key_scales, value_scales=value_scales)
+            heads = layer.query_key_value(normed).view(len(hidden), -1, self._config.head_dim)
+            kernels.append_kv(
+                heads,
+                cos,
+                sin,
+                *caches,
+                batch.slots,
+                norm_weight=layer.query_key_norm,
+                epsilon=self._config.rms_norm_eps,
+                key_scales=key_scales,
+                value_scales=value_scales,
+            )
+            query = heads[:, : self._config.num_heads]
             kernels.paged_attention(
                 query,
                 *caches,
@@ -107,19 +118,6 @@ class Network:
                 window=window,
                 workspace=self._workspaces[window],
             )
-
-    def _project(
-        self, layer: LayerWeights, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated query [T, Hq, D], rotated key and value [T, Hkv, D] of normed hidden rows [T, E]."""
-        num_heads, num_kv_heads = self._config.num_heads, self._config.num_kv_heads
-        heads = layer.query_key_value(normed).view(len(normed), -1, self._config.head_dim)
-        query_key, value = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
-        if layer.query_key_norm is not None:
-            query_key = functional.rms_norm(query_key, query_key.shape[-1:], eps=self._config.rms_norm_eps)
-            query_key = query_key * layer.query_key_norm
-        rotated = rotate(query_key, cos, sin)
-        return rotated[:, :num_heads], rotated[:, num_heads:], value
 
     def _rms_norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(rows, weight.shape, weight, self._config.rms_norm_eps)

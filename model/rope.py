@@ -21,17 +21,11 @@ class RotaryEmbedding:
         self._frequencies = frequencies.to(device)
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and signed sine [T, 1, D] in fp32 for `rotate`, at positions [T]."""
-        angles = positions[:, None, None].float() * self._frequencies
+        """Cosine and signed sine [T, D] in fp32 for `append_kv`, at positions [T]."""
+        angles = positions[:, None].float() * self._frequencies
         cos = angles.cos() * self._magnitude
         sin = angles.sin() * self._magnitude
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    """Turns each pair (i, i + D/2) of heads [T, H, D] by its angle, in fp32 like the angles, then rounds back."""
-    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
-    return torch.addcmul(heads * cos, swapped, signed_sin).to(heads.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[torch.Tensor, float]:

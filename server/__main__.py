@@ -15,6 +15,7 @@ import typer
 
 from pagestream.model.default_model import fetch_default_model
 from pagestream.model.errors import ModelError
+from pagestream.server import estimate, health, top
 from pagestream.server.chat import run_chat
 from pagestream.server.client import CallError, Client, Credentials, UnreachableError
 from pagestream.server.config import (
@@ -27,7 +28,6 @@ from pagestream.server.config import (
     let_idle_threads_sleep,
     load_config,
 )
-from pagestream.server.health import health
 from pagestream.server.operate import admin, doctor, token_command
 from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token
 from pagestream.server.printing import print_answer, print_answers, print_events
@@ -69,7 +69,7 @@ def serve(
     kv_dtype: Annotated[KvDtype | None, _setting("Cached keys and values.", ServerConfig.kv_dtype)] = None,
     host: Annotated[str | None, _setting("0.0.0.0 for every network.", ServerConfig.host)] = None,
     grpc_port: Annotated[int | None, _setting("0 takes a free one.", ServerConfig.grpc_port)] = None,
-    http_port: Annotated[int | None, _setting("/metrics and /healthz.", ServerConfig.http_port)] = None,
+    http_port: Annotated[int | None, _setting("The live page, /metrics, /healthz.", ServerConfig.http_port)] = None,
     threads: Annotated[int | None, _setting("CPU threads.", "all cores")] = None,
     kv_memory: Annotated[str | None, _setting("For keys and values, such as 2GiB.", "from free memory")] = None,
     max_context: Annotated[int | None, _setting("Tokens of prompt and answer.", "the model's")] = None,
@@ -104,8 +104,8 @@ def serve(
     cache_dir: Annotated[Path | None, _setting("Where models are kept.", "~/.cache/pagestream")] = None,
     tls_cert: Annotated[Path | None, _setting("PEM with the chain; read again when it changes.", "no TLS")] = None,
     tls_key: Annotated[Path | None, _setting("PEM of its private key.", "no TLS")] = None,
-    tls_client_ca: Annotated[Path | None, _setting("Clients must show a certificate of it.", "any client")] = None,
-    keys_file: Annotated[Path | None, _setting("Whose tokens are let in.", "anybody")] = None,
+    tls_client_ca: Annotated[Path | None, _setting("Authority of certificates that clients must show.", "none")] = None,
+    keys_file: Annotated[Path | None, _setting("TOML of `pagestream token`: who is let in.", "anybody")] = None,
     admin_socket: Annotated[Path | None, _setting("Unix socket of the AdminService.", "none")] = None,
     log_format: Annotated[LogFormat | None, _setting("Lines for people or for machines.", "text")] = None,
 ) -> None:
@@ -161,8 +161,9 @@ def generate(
     tls_key: TlsKey = None,
     token: Token = None,
 ) -> None:
-    """Streams one answer to stdout and a summary to stderr; several answers as each is complete. Ctrl-C cancels on the
-    server too.
+    """Streams one answer to stdout; Ctrl-C cancels it on the server too.
+
+    A summary goes to stderr. Several answers (-n) come as each is complete.
 
     Examples:
     [bold]pagestream generate "Why is the sky blue?" --max-tokens 80[/]
@@ -240,9 +241,11 @@ def loadtest(arguments: typer.Context) -> None:
     loadtest_app(arguments.args, prog_name="pagestream loadtest")
 
 
-app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health)
+app.command(epilog="[dim]Exit codes: 0 serving, 1 not serving, 2 wrong usage, 4 no server answers.")(health.health)
 app.command("token", epilog="[dim]Exit codes: 0 made, 2 wrong usage.")(token_command)
 app.command(epilog=_CLIENT_EPILOG)(admin)
+app.command(epilog=_CLIENT_EPILOG)(estimate.estimate)
+app.command(epilog="[dim]Exit codes: 0 left with Ctrl-C, 2 wrong usage, 4 no server answers.")(top.top)
 app.command(epilog="[dim]Exit codes: 0 all is well, 1 something is missing, 2 bad setting.")(doctor)
 
 

@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -63,14 +63,16 @@ async def _serve(config: ServerConfig) -> int:
     metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
     tracer = _tracer(metrics) if wants_traces() else None
-    listener = _listener(config, slot, streams, tokenizing, metrics, [log_call, *([tracer] if tracer else [])])
-    http = start_http(config.http_port, config.host, metrics)
+    sinks: list[Sink] = [log_call, *([tracer] if tracer else [])]
+    tls, keys = _locks(config)
+    listener = Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics, tls, Door(keys), sinks)
+    http = start_http(config.http_port, config.host, metrics, tls, keys)
     operating = AdminService(metrics, streams, stop.set)
     admin = AdminListener(config.admin_socket, operating) if config.admin_socket else None
     lag = loop.create_task(_watch_loop_lag(metrics))
     try:
         await listener.start()
-        log.info("gRPC on %s:%d; metrics on http://%s:%d/metrics", config.host, listener.port, config.host, http.port)
+        _say_where(config, listener.port, http.port)
         _warn_if_open(config)
         if admin:
             await admin.start()
@@ -103,19 +105,17 @@ async def _serve(config: ServerConfig) -> int:
     return 0
 
 
-def _listener(
-    config: ServerConfig,
-    slot: ModelSlot,
-    streams: Streams,
-    tokenizing: ThreadPoolExecutor,
-    metrics: Metrics,
-    sinks: Sequence[Sink],
-) -> Listener:
+def _locks(config: ServerConfig) -> tuple[TlsFiles | None, KeyFile | None]:
+    """Of both ports. Raises OSError if the file of keys cannot be used."""
     tls = None
     if config.tls_cert is not None and config.tls_key is not None:
         tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
-    door = Door(KeyFile(config.keys_file) if config.keys_file else None)
-    return Listener(config.host, config.grpc_port, slot, streams, tokenizing, metrics, tls, door, sinks)
+    return tls, KeyFile(config.keys_file) if config.keys_file else None
+
+
+def _say_where(config: ServerConfig, grpc_port: int, http_port: int) -> None:
+    web = f"{'https' if config.tls_cert else 'http'}://{config.host}:{http_port}"
+    log.info("gRPC on %s:%d; metrics on %s/metrics", config.host, grpc_port, web)
 
 
 def _tracer(metrics: Metrics) -> Tracer | None:

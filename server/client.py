@@ -19,6 +19,8 @@ from rich.console import Console
 
 from pagestream.v1.generation_pb2 import Finished, FinishReason, GenerateStreamRequest, GenerateStreamResponse
 from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
+from pagestream.v1.insight_pb2 import EstimateRequest, EstimateResponse
+from pagestream.v1.insight_pb2_grpc import InsightServiceStub
 from pagestream.v1.model_pb2 import GetModelRequest, ModelInfo
 from pagestream.v1.model_pb2_grpc import ModelServiceStub
 
@@ -27,7 +29,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # a server that comes back is found within a second
 )
-_MODEL_INFO_SECONDS = 10.0
+_QUESTION_SECONDS = 10.0
 
 
 class CallError(Exception):
@@ -87,7 +89,15 @@ class Client:
         """The model that is served."""
         try:
             stub = ModelServiceStub(self.channel)
-            return stub.GetModel(GetModelRequest(), timeout=_MODEL_INFO_SECONDS, metadata=self._metadata).model
+            return stub.GetModel(GetModelRequest(), timeout=_QUESTION_SECONDS, metadata=self._metadata).model
+        except grpc.RpcError as error:
+            raise self._explain(error) from error
+
+    def estimate(self, request: EstimateRequest) -> EstimateResponse:
+        """What a prompt would cost now."""
+        try:
+            stub = InsightServiceStub(self.channel)
+            return stub.Estimate(request, timeout=_QUESTION_SECONDS, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._explain(error) from error
 
@@ -122,7 +132,7 @@ class Client:
                     detail.Unpack(known)
         sentence = f"{error.code().name} {info.reason}".rstrip() + f": {error.details()}"
         if retry.HasField("retry_delay"):
-            sentence += f"; try again in {_seconds(retry.retry_delay):g} s"
+            sentence += f"; try again in {seconds_of(retry.retry_delay):g} s"
         return CallError(sentence)
 
 
@@ -182,9 +192,9 @@ def summary(finished: Finished) -> str:
     parts = [f"{usage.prompt_tokens:,} prompt tokens{cached}"] if usage.prompt_tokens else []  # else counted before
     parts += [
         f"{usage.output_tokens:,} answer tokens",
-        f"first token after {_seconds(timings.time_to_first_token):.2f} s",
+        f"first token after {seconds_of(timings.time_to_first_token):.2f} s",
     ]
-    decode = _seconds(timings.decode)
+    decode = seconds_of(timings.decode)
     if decode > 0:  # from the first token to the last: one gap fewer than tokens
         parts.append(f"{(usage.output_tokens - 1) / decode:.1f} tokens/s")
     reason = FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_")
@@ -192,5 +202,5 @@ def summary(finished: Finished) -> str:
     return " · ".join(parts)
 
 
-def _seconds(duration: Duration) -> float:
+def seconds_of(duration: Duration) -> float:
     return duration.ToTimedelta().total_seconds()

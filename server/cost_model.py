@@ -29,6 +29,8 @@ MIN_SAMPLES = 5  # steps of a phase before anything is said of it
 
 _MEMORY = 0.995  # weight of a step against the next of its phase: about the last two hundred count
 _RECENT = 0.95  # and in how fast the machine is just now
+_RECENT_MIXED = 0.8  # and in how much slower steps are that read prompts beside decodes
+_STRAY = 1.5  # times the forecast: what took longer counts as that in the latter
 _REFIT = 16  # steps after which the coefficients are solved for anew
 _SHORTEST = 1e-6  # seconds, below which no clock tells
 _SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
@@ -52,6 +54,10 @@ class Work(NamedTuple):
     @property
     def phase(self) -> Phase:
         return "prefill" if self.tokens else "decode"
+
+    @property
+    def is_mixed(self) -> bool:
+        return bool(self.rows and self.tokens)
 
     def beside(self, other: Work) -> Work:
         """Both in one step."""
@@ -111,7 +117,9 @@ class CostModel:
     Least squares with forgetting, towards 0 where nothing is known, and never a negative cost. Steps with and without
     prompts each have a memory of their own, so that hours of decoding wash out nothing that is known of prompts; the
     coefficients are those that fit both. A forecast is theirs times how much slower than that the last twenty steps
-    were: a machine has fast and slow phases, in which everything costs more alike.
+    were: a machine has fast and slow phases, in which everything costs more alike. Steps that read prompts beside
+    decodes have a factor of their own, of the last five, because their small chunks cost more for each token than the
+    whole steps of prompts alone, from which the coefficients are known when the first of them comes.
     """
 
     def __init__(self) -> None:
@@ -119,6 +127,8 @@ class CostModel:
         self._values = [0.0] * len(TERMS)  # the coefficients
         self._stale = 0  # steps since they were solved for
         self._slowness = 1.0
+        self._mixed = 1.0  # times slower, beside that
+        self._mixed_samples = 0
 
     @property
     def num_prompt_samples(self) -> int:
@@ -134,21 +144,19 @@ class CostModel:
 
     def predict(self, work: Work) -> float:
         """Of a step; 0 where nothing is known."""
-        return self._slowness * self._fitted(work)
+        return self._factor(work) * self._fitted(work)
 
     def step_seconds(self, decodes: Work) -> float:
         """Of a step that reads prompts beside these decodes, what does not grow with the prompts."""
         prefill_a, _, _, _, per_row, per_context = self._values
-        return self._slowness * (prefill_a + per_row * decodes.rows + per_context * decodes.contexts)
+        fixed = prefill_a + per_row * decodes.rows + per_context * decodes.contexts
+        return self._factor(decodes._replace(tokens=1)) * fixed
 
-    def prompt_seconds(self, work: Work) -> float:
+    def prompt_seconds(self, prompts: Work, decodes: Work = Work()) -> float:  # noqa: B008 - immutable
         """The part of it that grows with its prompts."""
         _, per_token, per_square, *_ = self._values
-        return self._slowness * (per_token * work.tokens + per_square * work.squares)
-
-    def coefficients(self) -> dict[Term, float]:
-        """As they are just now, from a few steps ago."""
-        return {term: self._slowness * value for term, value in zip(TERMS, self._values, strict=True)}
+        grows = per_token * prompts.tokens + per_square * prompts.squares
+        return self._factor(decodes._replace(tokens=1)) * grows
 
     def observe(self, work: Work, longest: int, seconds: float) -> float | None:
         """A step took so long, with `longest` the longest context in it. Returns actual time over forecast; None as
@@ -158,10 +166,11 @@ class CostModel:
         seconds = max(seconds, _SHORTEST)
         ratio = None
         if fitted > 0:
-            ratio = seconds / (fitted * self._slowness)
-            seconds = min(seconds, _SLOWEST * fitted * self._slowness)
+            forecast = fitted * self._factor(work)
+            ratio = seconds / forecast
+            seconds = min(seconds, _SLOWEST * forecast)
             memory.add_error(seconds / fitted - 1)
-            self._slowness += (1 - _RECENT) * (seconds / fitted - self._slowness)
+            self._follow(work, seconds / fitted)
         memory.add(_features(work), seconds, fitted or seconds)
         memory.max_tokens = max(memory.max_tokens, longest)
         self._stale += 1
@@ -190,6 +199,19 @@ class CostModel:
                 terms[term] = Coefficient(value, min(max(float(lower), 0.0), value), max(float(upper), value))
         samples = {phase: memory.samples for phase, memory in self._memories.items()}
         return CostFit(terms, samples, {phase: memory.max_tokens for phase, memory in self._memories.items()})
+
+    def _factor(self, work: Work) -> float:
+        return self._slowness * self._mixed if work.is_mixed else self._slowness
+
+    def _follow(self, work: Work, slowness: float) -> None:
+        """A step was so many times slower than fitted."""
+        machine = slowness / self._mixed if work.is_mixed else slowness
+        if work.is_mixed:
+            self._mixed_samples += 1
+            rate = max(1 - _RECENT_MIXED, 1 / self._mixed_samples)
+            mixed = min(slowness / self._slowness, _STRAY * self._mixed)
+            self._mixed += rate * (mixed - self._mixed)
+        self._slowness += (1 - _RECENT) * (machine - self._slowness)
 
     def _fitted(self, work: Work) -> float:
         prefill_a, per_token, per_square, decode_a, per_row, per_context = self._values

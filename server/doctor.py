@@ -19,6 +19,8 @@ from pagestream.model.default_model import DEFAULT_MODEL, check_default_model
 from pagestream.model.errors import ModelError
 from pagestream.model.memory import available_memory
 from pagestream.server.config import ServerConfig
+from pagestream.server.keys import KeyFile
+from pagestream.server.tls import TlsFiles, server_context
 
 _LEAST_BESIDE_WEIGHTS = 500_000_000  # bytes: libraries, activations and a small cache of keys and values
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16")
@@ -39,7 +41,7 @@ Check = Callable[[ServerConfig], Iterator[Finding]]
 
 def examine(config: ServerConfig) -> Iterator[Finding]:
     """One finding after the other, as they are made."""
-    for check in (_cpu, _kernels, _compiler, _gpu, _model, _ports):
+    for check in (_cpu, _kernels, _compiler, _gpu, _model, _ports, _locks):
         yield from check(config)
 
 
@@ -136,6 +138,23 @@ def _ports(config: ServerConfig) -> Iterator[Finding]:
             yield Finding(name, f"{config.host}:{port}: {error.strerror}", good=False, advice=advice)
         else:
             yield Finding(name, f"{config.host}:{port} is free")
+
+
+def _locks(config: ServerConfig) -> Iterator[Finding]:
+    if config.tls_cert and config.tls_key:
+        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+        yield _usable("certificate", config.tls_cert, lambda: server_context(tls))
+    if config.keys_file:
+        file = config.keys_file
+        yield _usable("keys", file, lambda: KeyFile(file))
+
+
+def _usable(what: str, file: Path, load: Callable[[], object]) -> Finding:
+    try:
+        load()
+    except OSError as error:
+        return Finding(what, str(error), good=False, advice="put right what it names; it is read as this user")
+    return Finding(what, f"{file} can be used")
 
 
 def _gb(size: int) -> str:

@@ -262,7 +262,7 @@ class Engine:
         if publication:
             self._publish(publication)
         scheduler = self._scheduler
-        self.inbox.settle(scheduler.num_waiting, scheduler.waiting_tokens, *self._costs.backlog())
+        self.inbox.settle(scheduler.waiting.tenants, *self._costs.backlog())
         report(self._metrics, scheduler, self._pool, self._jobs, self._execution.fruitless_steps)
 
     def _shut_down(self, told: float) -> None:

@@ -20,6 +20,7 @@ StatusName = Literal[
     "CANCELLED",
     "UNAUTHENTICATED",
     "PERMISSION_DENIED",
+    "UNIMPLEMENTED",
 ]
 
 
@@ -159,6 +160,13 @@ class GaveWayError(RequestError):
     """A request of the server's own, ended because a client's arrived."""
 
     status = "CANCELLED"
+
+
+class UnsupportedError(RequestError):
+    """A method of somebody else's contract that has no meaning here."""
+
+    status = "UNIMPLEMENTED"
+    reason = "UNSUPPORTED"
 
 
 class AbortedError(RequestError):

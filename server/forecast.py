@@ -99,19 +99,19 @@ class Forecast:
         if not decodes.rows:
             return work.tokens / most
         left = self._pace.seconds_for_prompts(decodes)  # 0 beside decodes of unknown cost, where steps miss the target
-        steps = self._model.prompt_seconds(work) / left if left > 0 else math.inf
+        steps = self._model.prompt_seconds(work, decodes) / left if left > 0 else math.inf
         return min(max(steps, work.tokens / most), work.tokens / MIN_PROMPT_TOKENS)
 
     def _seconds(self, work: Work, decodes: Work) -> float:
         fixed = self._model.step_seconds(decodes)
-        return self._num_steps(work, decodes) * fixed + self._model.prompt_seconds(work)
+        return self._num_steps(work, decodes) * fixed + self._model.prompt_seconds(work, decodes)
 
     def _seconds_to_end(self, work: Work, decodes: Work, *, has_company: bool) -> float:
         """Until the end of the last step, which company fills."""
         steps = self._num_steps(work, decodes)
         whole = max(math.ceil(steps), 1)
         filled = whole / steps if has_company else 1.0
-        return whole * self._model.step_seconds(decodes) + filled * self._model.prompt_seconds(work)
+        return whole * self._model.step_seconds(decodes) + filled * self._model.prompt_seconds(work, decodes)
 
     def _wait_for_place(self, answer_tokens: float, decodes: Work) -> float:
         """Until enough of those that run have ended for all that wait and a newcomer to have a place."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import logging
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -17,9 +19,12 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from prometheus_client import make_wsgi_app
 
 from pagestream.server.collector import make_registry
+from pagestream.server.keys import KeyFile
 from pagestream.server.live import live_json, live_page
 from pagestream.server.metrics import Metrics
+from pagestream.server.reload import Reloaded
 from pagestream.server.snapshot import ServerState
+from pagestream.server.tls import TlsFiles, server_context
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +52,18 @@ class HttpServer:
         self._server.server_close()
 
 
-def start_http(port: int, host: str, metrics: Metrics) -> HttpServer:
-    """Serves until closed; port 0 picks a free one. Raises OSError if the port cannot be had."""
+def start_http(
+    port: int, host: str, metrics: Metrics, tls: TlsFiles | None = None, keys: KeyFile | None = None
+) -> HttpServer:
+    """Serves until closed; port 0 picks a free one. With `keys`, all but /healthz is for those that may read metrics.
+
+    Raises OSError if the port cannot be had or the TLS files cannot be used.
+    """
     server_class = _ServerV6 if ":" in host else _Server
-    return HttpServer(make_server(host, port, _app(metrics), server_class, _Handler))
+    context = server_context(tls) if tls else None
+    server = make_server(host, port, _guarded(_app(metrics), keys), server_class, _Handler)
+    server.context = context
+    return HttpServer(server)
 
 
 def _app(metrics: Metrics) -> WSGIApplication:
@@ -77,11 +90,36 @@ def _app(metrics: Metrics) -> WSGIApplication:
     return app
 
 
+def _guarded(app: WSGIApplication, keys: KeyFile | None) -> WSGIApplication:
+    def guard(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if not keys or environ["PATH_INFO"] == "/healthz" or _may_read(environ.get("HTTP_AUTHORIZATION", ""), keys):
+            return app(environ, start_response)
+        return _respond(start_response, "401 Unauthorized", "the token of a key with metrics = true is needed")
+
+    return guard
+
+
+def _may_read(authorization: str, keys: KeyFile) -> bool:
+    """`Bearer TOKEN`, or the token as the password of any name, which is what browsers ask people for."""
+    scheme, _, token = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            token = base64.b64decode(token, validate=True).decode().partition(":")[2]
+        except ValueError:
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    key = keys.find(token.strip())
+    return key is not None and key.metrics
+
+
 def _respond(start_response: StartResponse, status: str, text: str, media_type: str = "text/plain") -> list[bytes]:
     body = text.encode()
+    challenge = [("WWW-Authenticate", 'Basic realm="pagestream", charset="UTF-8"')] if status.startswith("401") else []
     start_response(
         status,
         [
+            *challenge,
             ("Content-Type", f"{media_type}; charset=utf-8"),
             ("Content-Length", str(len(body))),
             ("Cache-Control", "no-store"),
@@ -93,6 +131,7 @@ def _respond(start_response: StartResponse, status: str, text: str, media_type: 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    context: Reloaded[ssl.SSLContext] | None = None  # TLS
 
     def __init__(self, *settings: Any) -> None:
         self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
@@ -109,6 +148,15 @@ class _Server(ThreadingMixIn, WSGIServer):
             super().process_request_thread(request, client_address)
         finally:
             self._places.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """In the connection's own thread, so that a slow handshake holds up nobody."""
+        if self.context is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_HEAD_SECONDS)  # for the whole handshake
+        with self.context.get().wrap_socket(request, server_side=True) as secured:
+            super().finish_request(secured, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class's signature
         """A client that hangs up or stays silent is no event worth a traceback on stderr."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import TypeVar
 
 from pagestream.server.errors import DuplicateRequestError, QueueFullError, RequestError
 from pagestream.server.job import Job
+from pagestream.server.queue_share import QueueShare
+from pagestream.server.waiting import Demand
 
 T = TypeVar("T")
 
@@ -39,6 +42,7 @@ class Inbox:
 
     def __init__(self, limits: QueueLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
+        self._share = QueueShare(limits.max_requests, limits.max_tokens)
         self._clock = clock
         self._changed = threading.Condition()
         self._arrivals: list[Job] = []
@@ -46,8 +50,9 @@ class Inbox:
         self._reads: list[tuple[Job, int]] = []
         self._questions: list[Callable[[], None]] = []
         self._live: set[str] = set()  # ids of all requests that were taken on and have not ended
-        self._entering = 0  # requests whose prompts are being tokenised
-        self._waiting_requests = 0  # arrivals and the scheduler's queue
+        self._entering: Counter[str] = Counter()  # requests whose prompts are being tokenised, by tenant
+        self._waiting: dict[str, Demand] = {}  # arrivals and the scheduler's queue, by tenant
+        self._waiting_requests = 0
         self._waiting_tokens = 0
         self._predicted_wait = 0.0
         self._seconds_per_token = 0.0
@@ -62,31 +67,32 @@ class Inbox:
         return self._waiting_requests
 
     @contextmanager
-    def entering(self, fewest_tokens: int, answers: int = 1) -> Iterator[None]:
+    def entering(self, tenant: str, fewest_tokens: int, answers: int = 1) -> Iterator[None]:
         """Holds a place in the queue for each answer while a prompt of at least so many tokens is tokenised; `submit`
         belongs inside. Raises at once what `submit` would raise whatever the prompt turns out to be."""
         with self._changed:
-            self._check_open(self._entering, answers, answers * fewest_tokens)
-            self._entering += answers
+            self._share.saw(tenant, self._clock())
+            self._check_open(tenant, self._entering, answers, answers * fewest_tokens)
+            self._entering[tenant] += answers
         try:
             yield
         finally:
             with self._changed:
-                self._entering -= answers
+                self._entering -= Counter({tenant: answers})
 
     def submit(self, *jobs: Job) -> int:
         """Takes on all answers to a prompt, or none, and returns how many requests wait ahead of them. Raises
         DuplicateRequestError, QueueFullError or the refusal in force."""
         with self._changed:
             ahead, tokens = self._waiting_requests, sum(job.request.num_prompt_tokens for job in jobs)
-            self._check_open(0, len(jobs), tokens)
+            tenant = jobs[0].request.tenant
+            self._check_open(tenant, {}, len(jobs), tokens)
             ids = [job.request.request_id for job in jobs]
             if not self._live.isdisjoint(ids):
                 raise DuplicateRequestError(f"request_id {ids[0]!r} belongs to a request still running")
             self._live.update(ids)
             self._arrivals += jobs
-            self._waiting_requests += len(jobs)
-            self._waiting_tokens += tokens
+            self._count(tenant, len(jobs), tokens)
             self._predicted_wait += tokens * self._seconds_per_token
             self._changed.notify()
         return ahead
@@ -146,18 +152,28 @@ class Inbox:
             self._stop = self._clock()
             self._changed.notify()
 
-    def _check_open(self, others: int, answers: int, tokens: int) -> None:
-        """Whether so many more answers to prompts of so many tokens together may wait, beside what waits and `others`.
-        An empty queue takes a prompt of any length and any number of answers."""
+    def _check_open(self, tenant: str, entering: Mapping[str, int], answers: int, tokens: int) -> None:
+        """Whether so many more answers to prompts of so many tokens together may wait, beside what waits and what is
+        `entering`. An empty queue takes a prompt of any length and any number of answers."""
         if self._refusal is not None:
             raise self._refusal
         waiting, limits = self._waiting_requests, self._limits
-        ahead = waiting + others
+        ahead = waiting + sum(entering.values())
+        text = f"{ahead} requests with {self._waiting_tokens} prompt tokens are waiting"
         if (ahead and ahead + answers > limits.max_requests) or (
             waiting and self._waiting_tokens + tokens > limits.max_tokens
         ):
-            text = f"{ahead} requests with {self._waiting_tokens} prompt tokens are waiting"
             raise QueueFullError(text, self.predicted_wait)
+        if self._share.exceeds(tenant, self._waiting, answers + entering.get(tenant, 0), tokens):
+            own = self._waiting[tenant]
+            text = f"{text}, {own.requests} with {own.tokens} of them this client's, whose share of the queue is full"
+            raise QueueFullError(text, self.predicted_wait)
+
+    def _count(self, tenant: str, requests: int, tokens: int) -> None:
+        demand = self._waiting.get(tenant, Demand())
+        self._waiting[tenant] = Demand(demand.requests + requests, demand.tokens + tokens)
+        self._waiting_requests += requests
+        self._waiting_tokens += tokens
 
     # ---- the engine's thread
 
@@ -178,11 +194,14 @@ class Inbox:
         with self._changed:
             self._live.discard(request_id)
 
-    def settle(self, waiting_requests: int, waiting_tokens: int, seconds: float, seconds_per_token: float) -> None:
+    def settle(self, waiting: Mapping[str, Demand], seconds: float, seconds_per_token: float) -> None:
         """What the scheduler's queue holds after a step, how soon it will be read, and what each new token adds."""
         with self._changed:
-            self._waiting_requests = waiting_requests + len(self._arrivals)
-            arrived = sum(job.request.num_prompt_tokens for job in self._arrivals)
-            self._waiting_tokens = waiting_tokens + arrived
-            self._predicted_wait = seconds + arrived * seconds_per_token
+            self._waiting = dict(waiting)
+            self._waiting_requests = sum(demand.requests for demand in waiting.values())
+            self._waiting_tokens = sum(demand.tokens for demand in waiting.values())
+            self._predicted_wait = seconds
             self._seconds_per_token = seconds_per_token
+            for job in self._arrivals:
+                self._count(job.request.tenant, 1, job.request.num_prompt_tokens)
+                self._predicted_wait += job.request.num_prompt_tokens * seconds_per_token

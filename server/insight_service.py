@@ -47,11 +47,13 @@ class InsightService(InsightServiceServicer):
         received = time.monotonic()
         try:
             model = self._slot.get(request.model)
-            with model.engine.inbox.entering(max(1, len(request.token_ids.ids))):  # what a generation would be told
+            tenant = tenant_of(context)
+            # what a generation would be told
+            with model.engine.inbox.entering(tenant, max(1, len(request.token_ids.ids))):
                 validate.check_prompt(request, model.vocab_size)
                 prompt = await read_prompt(request, model, self._tokenizing, self._metrics)
                 check_fits(len(prompt), model)
-            answer = model.engine.estimate(prompt, tenant_of(context))
+            answer = model.engine.estimate(prompt, tenant)
         except RequestError as error:
             self._metrics.observe_rejected(error.reason, time.monotonic() - received)
             await status.abort(context, error)
@@ -97,7 +99,8 @@ class InsightService(InsightServiceServicer):
             model = self._slot.get(request.model)
             remaining = context.time_remaining()
             spans = validate.spans("spans", request.spans) if isinstance(request, Ablation) else ()
-            with model.engine.inbox.entering(max(1, len(request.answer_token_ids)), 1 + len(spans)):
+            tenant = tenant_of(context)
+            with model.engine.inbox.entering(tenant, max(1, len(request.answer_token_ids)), 1 + len(spans)):
                 validate.check_prompt(request, model.vocab_size)
                 validate.check_answer(request, model.vocab_size)
                 priority = validate.priority(request)
@@ -108,7 +111,7 @@ class InsightService(InsightServiceServicer):
                     [prompt, *(prompt[: span.begin] + prompt[span.end :] for span in spans)],
                     request.answer_token_ids,
                     model,
-                    tenant=tenant_of(context),
+                    tenant=tenant,
                     priority=priority,
                     received=received,
                     deadline=None if remaining is None else received + remaining,

@@ -91,7 +91,7 @@ class Job:
         """Of tokens just booked."""
         if self.record is None:
             return ()
-        gaps = (None, *self.gaps)[-len(tokens) :]
+        gaps = [None, *self.gaps[-len(tokens) :]][-len(tokens) :]
         first, *more = self.record.take(tokens, self.request.num_tokens - len(tokens), gaps)
         return replace(first, predicted_gap=self.ledger.predicted_gap, stall=self.ledger.stall), *more
 

@@ -7,6 +7,7 @@
     max_requests = 8        # calls at once
     max_prompt_tokens = 4096
     max_tokens = 512        # of an answer
+    metrics = true          # may also read the HTTP port, which tells of all tenants; default: false
 
 Tokens are 256 random bits, so a plain hash of one tells nothing: there is no dictionary to try.
 """
@@ -26,7 +27,7 @@ from pagestream.server.errors import KeyLimitError
 from pagestream.server.reload import Reloaded
 
 LIMITS = ("max_requests", "max_prompt_tokens", "max_tokens")
-_FIELDS = ("name", "sha256", "tenant", *LIMITS)
+_FIELDS = ("name", "sha256", "tenant", *LIMITS, "metrics")
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 
 
@@ -39,6 +40,7 @@ class Key:
     max_requests: int | None = None
     max_prompt_tokens: int | None = None
     max_tokens: int | None = None
+    metrics: bool = False
 
     def check_prompt(self, num_tokens: int) -> None:
         """Raises KeyLimitError."""
@@ -116,4 +118,7 @@ def parse_key(entry: dict[str, Any], where: str) -> tuple[str, Key]:
     for limit, value in limits.items():
         if type(value) is not int or value < 1:
             raise OSError(f"{where}: {limit} must be a whole number of at least 1")
-    return sha256, Key(name, tenant, **limits)
+    metrics = entry.get("metrics", False)
+    if not isinstance(metrics, bool):
+        raise OSError(f"{where}: metrics must be true or false")
+    return sha256, Key(name, tenant, **limits, metrics=metrics)

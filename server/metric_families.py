@@ -54,6 +54,7 @@ REJECTION_REASONS = (  # those of errors.py, in lower case
     "unauthenticated",
     "key_limit",
     "key_busy",
+    "unsupported",
 )
 
 PHASES = get_args(Phase)

@@ -50,15 +50,13 @@ class Observer:
 
     def _ask(self, chunk: Chunk, job: Job) -> Chunk:
         own = self._level if chunk.is_decode else StatsLevel.OFF
-        if job.record is None or not chunk.samples:
-            return replace(chunk, attention=own, output_stats=own > StatsLevel.OFF) if own else chunk
-        wanted = job.record.wants_attention
-        return replace(
-            chunk,
-            attention=max(own, wanted),
-            spans=job.record.spans if wanted is StatsLevel.PAGES else (),
-            output_stats=own > StatsLevel.OFF or job.record.wants_output,
-        )
+        record = job.record if chunk.samples else None
+        wanted = StatsLevel.OFF if record is None else record.wants_attention
+        output = own > StatsLevel.OFF or (record is not None and record.wants_output)
+        if not (wanted or output):
+            return chunk
+        spans = record.spans if record is not None and wanted is StatsLevel.PAGES else ()
+        return replace(chunk, attention=max(own, wanted), spans=spans, output_stats=output)
 
     @contained(None)
     def take(self, plan: StepPlan, result: StepResult, advances: Sequence[Advance], jobs: Mapping[str, Job]) -> None:

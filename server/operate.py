@@ -17,25 +17,27 @@ from pagestream.v1.admin_pb2_grpc import AdminServiceStub
 
 _ADMIN_SECONDS = 5.0
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-Limit = Annotated[int | None, typer.Option(min=1, show_default="none")]
 
 
 def token_command(
     name: Annotated[str, typer.Argument(help="For logs; of letters, digits and _.@-")],
     *,
     tenant: Annotated[str | None, typer.Option(help="Shared with other keys.", show_default="one of its own")] = None,
-    max_requests: Limit = None,
-    max_prompt_tokens: Limit = None,
-    max_tokens: Limit = None,
+    max_requests: Annotated[int | None, typer.Option(min=1, help="Calls at once.", show_default="any")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt.", show_default="any")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.", show_default="any")] = None,
+    metrics: Annotated[bool, typer.Option("--metrics", help="May read the metrics and the live page too.")] = False,
 ) -> None:
-    """Makes a token: the entry for the file of [bold]--keys-file[/] goes to stdout, the token itself to stderr. It is
-    kept nowhere.
+    """Makes a token for a client, and its entry for the file that [bold]serve --keys-file[/] takes.
+
+    The entry goes to stdout, the token itself to stderr. It is kept nowhere.
 
     Example: [bold]pagestream token search --max-requests 8 >> keys.toml[/]
     """
     token, sha256 = new_token()
     entry: dict[str, str | int | None] = {"name": name, "sha256": sha256, "tenant": tenant}
     entry |= dict(zip(LIMITS, (max_requests, max_prompt_tokens, max_tokens), strict=True))
+    entry["metrics"] = metrics or None
     given = {field: value for field, value in entry.items() if value is not None}
     try:
         parse_key(given, "--")
@@ -54,7 +56,9 @@ def doctor(
     *,
     config: Annotated[Path | None, typer.Option(help="The server's TOML file.", show_default="none")] = None,
 ) -> None:
-    """Looks at processor, compiler, kernels, GPU, memory, ports and model, and says what to do about what is missing.
+    """Says whether this machine can serve, and what to do about what is missing.
+
+    It looks at processor, compiler, kernels, GPU, model, memory, ports, certificate and keys.
 
     Example: [bold]pagestream doctor --config server.toml[/]
     """

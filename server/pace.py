@@ -26,15 +26,17 @@ class Pace:
         if not contexts:
             return None
         start = max((request.num_computed for request in running if request.num_uncomputed > 1), default=0)
-        cost = self.model.coefficients()
-        # n tokens from `start` on cost n * prefill_b + ((start + n)^2 - start^2) * prefill_c = left
-        linear, square = cost["prefill_b"] + 2 * start * cost["prefill_c"], cost["prefill_c"]
-        left = self.seconds_for_prompts(decodes_at(contexts))
+        decodes = decodes_at(contexts)
+        # n tokens from `start` on cost n * linear + n^2 * square = left
+        square = self.model.prompt_seconds(Work(squares=1), decodes)
+        linear = self.model.prompt_seconds(Work(tokens=1, squares=2 * start), decodes)
+        left = self.seconds_for_prompts(decodes)
         if not self.model.knows("prefill") or linear <= 0:
             return MIN_PROMPT_TOKENS
         tokens = 2 * left / (linear + math.sqrt(linear**2 + 4 * square * left))
         return max(int(tokens), MIN_PROMPT_TOKENS)
 
     def seconds_for_prompts(self, decodes: Work) -> float:
-        """Of a step, beside these decodes; a third of the time where the target is out of reach."""
-        return max(self._target_gap - self.model.step_seconds(decodes), self.model.predict(decodes) / 2)
+        """Of a step, beside these decodes; a third of it where the rest leaves less below the target."""
+        rest = self.model.step_seconds(decodes)
+        return max(self._target_gap - rest, rest / 2)

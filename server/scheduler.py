@@ -2,7 +2,7 @@
 
 The law, and why it holds:
 
-- Whose turn it is to start, `places.py` says; while it does not fit, none starts. The youngest running one is
+- Whose turn it is to start, `places.py` says; while it does not fit (`admission.py`), none starts. The youngest is
   preempted, and whoever waits again waits at its place by arrival.
 - So the oldest running request is never preempted and gets on in every step. Of R places and requests with at most L
   tokens each, some request starts in any R * L steps in which one waits, since without starts all have ended by then.
@@ -28,6 +28,7 @@ from itertools import pairwise
 
 from pagestream.model.step import Chunk, SampledToken, StepPlan, StepResult
 from pagestream.server import given, request_blocks
+from pagestream.server.admission import Admission
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.errors import PromptExceedsKvCapacityError
 from pagestream.server.fair_share import FairShare
@@ -35,9 +36,6 @@ from pagestream.server.places import next_in_turn, take_turn
 from pagestream.server.request import FinishReason, Request, RequestState
 from pagestream.server.speculation import accept, add_proposals
 from pagestream.server.waiting import WaitingQueue
-
-MAX_PREEMPTIONS = 3  # per request
-GROWTH = 4  # pages that every running answer has room for when another request starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._paused: list[Request] = []
         self._fair_share = FairShare()
+        self._admission = Admission(pool)
         self._num_admitted = 0
         self._in_flight: tuple[StepPlan, Sequence[Request]] | None = None  # planned, not committed
         self.num_preemptions_total = 0
@@ -150,8 +149,7 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Advance]:
         """Books what the step computed: once, for the latest plan. Requests that finished since it was made are left
-        out. Raises ValueError if `plan` or `result` is not of this step.
-        """
+        out. Raises ValueError if `plan` or `result` is not of this step."""
         if self._in_flight is None or plan is not self._in_flight[0]:
             raise ValueError("only the latest plan can be committed, once")
         requests = self._in_flight[1]
@@ -216,29 +214,12 @@ class Scheduler:
         }
 
     def _next_to_start(self) -> Request | None:
-        """The waiting request whose turn it is, if it may start: none starts before it, so it cannot starve.
-
-        It must fit beside all that the running ones still have to compute, with some room for every answer to grow.
-        That room is four times larger after each preemption, and whole answers beside a request that was preempted as
-        often as it may: then nothing that runs can run out of room. So no request is preempted step after step, and
-        none waits for room that answers shorter than allowed never use.
-        """
+        """The waiting request whose turn it is, if it may start: none starts before it, so it cannot starve."""
         ready = [request for request in self._waiting if request.may_start]
         if not ready or len(self._running) == self.max_running:
             return None
         first = next_in_turn(ready, self._running)
-        candidates = (*self._running, first)
-        most = max(request.num_preemptions for request in candidates)
-        growth = GROWTH * self._pool.block_size * 4**most if most < MAX_PREEMPTIONS else self._pool.capacity
-        wanted = sum(
-            request_blocks.num_missing(
-                self._pool, request, min(request.num_tokens + growth, request.final_length(self._pool.capacity))
-            )
-            for request in candidates
-        )
-        room = self._pool.num_available
-        fits = wanted <= room or wanted - request_blocks.num_found_in_use(self._pool, first) <= room
-        return first if fits else None
+        return first if self._admission.fits(first, self._running) else None
 
     def _start(self, request: Request) -> None:
         take_turn(request, self._waiting)
@@ -249,16 +230,14 @@ class Scheduler:
 
     def _plan_chunk(self, request: Request, length: int, planned: dict[Request, Chunk]) -> None:
         """Takes the blocks for the next `length` tokens. If they are too few, the youngest are preempted. Who is so,
-        perhaps `request` itself, is in no plan: some of the blocks it needs are taken.
-        """
+        perhaps `request` itself, is in no plan: some of the blocks it needs are taken."""
         if request.state is not RequestState.RUNNING:  # preempted just now
             return
         if request.given and not given.room_to_score(planned.values()):  # those before it have it all, in this step
             return
         request_blocks.take_cached(self._pool, request, length)
-        length = min(length, request.num_uncomputed)
-        if request.num_computed < request.answer_start:  # prompts have an arithmetic of their own
-            length = min(length, request.answer_start - request.num_computed)
+        reach = request.answer_start if request.num_computed < request.answer_start else request.num_tokens
+        length = min(length, reach - request.num_computed)  # a prompt's tokens have an arithmetic of their own
         if request.given:
             length = given.most_tokens(request, length, planned.values())
         missing = request_blocks.num_missing(self._pool, request, request.num_computed + length)
@@ -304,7 +283,9 @@ class Scheduler:
         else:
             sampled = accept(request, chunk, sampled, self._pool.capacity)
         end = request.num_tokens - 1 if chunk.proposed else chunk.end
-        self.recomputed_tokens_total += max(0, min(end, request.num_computed_before) - chunk.start)
+        recomputed = max(0, min(end, request.num_computed_before) - chunk.start)
+        self.recomputed_tokens_total += recomputed
+        self._admission.book(chunk.length, recomputed)
         if request.num_cached is None:
             request.num_cached = chunk.start
             self.queried_tokens_total += request.num_prompt_tokens

@@ -83,7 +83,7 @@ class GenerationService(GenerationServiceServicer):
             tenant = tenant_of(context)
             # Before tokenising: a full or draining server must not spend time on the prompt.
             answers = num_answers(request)
-            with engine.inbox.entering(max(1, len(request.token_ids.ids)), answers):
+            with engine.inbox.entering(tenant, max(1, len(request.token_ids.ids)), answers):
                 jobs = await prepare(
                     request, answers, model, tenant, received, deadline, self._tokenizing, self._metrics
                 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
+import threading
 from collections.abc import AsyncIterator
 
 from pagestream.server.errors import AbortedError
@@ -64,11 +67,15 @@ def merge(deltas: list[Delta]) -> Delta:
 class Streams:
     """All mailboxes, by job: a request id may be in use again while the reader of its last answer is slow.
 
-    `publish` may be called from any thread and costs the loop one wake-up for a whole step.
+    `publish` may be called from any thread and costs the loop one wake-up for a whole step. It does not let go of the
+    interpreter, as `call_soon_threadsafe` does: the loop would take it there and then, between two steps. A courier
+    knocks at the loop instead, as soon as the engine lets go, which is while the kernels run.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._publications: queue.SimpleQueue[Publication] = queue.SimpleQueue()
+        threading.Thread(target=self._carry, name="courier", daemon=True).start()
         self._mailboxes: dict[Job, Mailbox] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -102,7 +109,12 @@ class Streams:
         await self._empty.wait()
 
     def publish(self, publication: Publication) -> None:
-        self._loop.call_soon_threadsafe(self._deliver, publication)
+        self._publications.put(publication)
+
+    def _carry(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            while True:
+                self._loop.call_soon_threadsafe(self._deliver, self._publications.get())
 
     def _deliver(self, publication: Publication) -> None:
         for job, event in publication:

@@ -63,8 +63,31 @@ def delta(event: events.Delta, output: pb.OutputConfig) -> pb.Delta:
 
 
 def _token_stats(stats: TokenStats) -> stats_pb2.TokenStats:
-    gaps = {name: _duration(getattr(stats, name)) for name in ("gap", "predicted_gap", "stall")}
-    return stats_pb2.TokenStats(**asdict(stats) | gaps)
+    """Field by field: `asdict` copies deeply, and this is done for every token."""
+    output, attention = stats.output, stats.attention
+    return stats_pb2.TokenStats(
+        context_tokens=stats.context_tokens,
+        gap=_duration(stats.gap),
+        predicted_gap=_duration(stats.predicted_gap),
+        stall=_duration(stats.stall),
+        output=None
+        if output is None
+        else stats_pb2.OutputStats(
+            entropy_nats=output.entropy_nats,
+            top1_probability=output.top1_probability,
+            margin=output.margin,
+            surprisal_nats=output.surprisal_nats,
+            sampling_surprisal_nats=output.sampling_surprisal_nats,
+        ),
+        attention=None
+        if attention is None
+        else stats_pb2.TokenAttention(
+            entropy_nats=attention.entropy_nats,
+            effective_context_tokens=attention.effective_context_tokens,
+            sink_mass=attention.sink_mass,
+            recent_mass=attention.recent_mass,
+        ),
+    )
 
 
 def _request_stats(stats: RequestStats) -> stats_pb2.RequestStats:

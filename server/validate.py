@@ -165,7 +165,7 @@ def stats_request(stats: stats_pb2.StatsOptions, page_tokens: int) -> StatsReque
     if stats.level not in stats_pb2.StatsLevel.values():
         raise InvalidFieldError("stats.level", f"{stats.level} is not one of pagestream.v1.StatsLevel")
     detail = StatsDetail(stats.level or StatsDetail.OFF)
-    every = 16 if detail is StatsDetail.SPANS else 1
+    every = 32 if detail is StatsDetail.SPANS else 1
     if stats.HasField("attention_every"):
         every = _check_range("stats.attention_every", stats.attention_every, 1, MAX_ATTENTION_EVERY)
     if stats.spans and detail is not StatsDetail.SPANS:

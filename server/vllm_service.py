@@ -16,9 +16,10 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import Message
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineServicer, add_VllmEngineServicer_to_server
@@ -28,7 +29,7 @@ from pagestream.model.tokenizer_export import tokenizer_files
 from pagestream.server import status, vllm_messages
 from pagestream.server.cache_watch import Watch
 from pagestream.server.engine import Engine
-from pagestream.server.errors import LoadingError, RequestError
+from pagestream.server.errors import LoadingError, RequestError, UnsupportedError
 from pagestream.server.events import Delta, Finished
 from pagestream.server.metrics import Metrics
 from pagestream.server.served import ModelSlot, ServedModel
@@ -211,6 +212,11 @@ class VllmEngineService(VllmEngineServicer):  # type: ignore[misc]  # the packag
                 load = vllm_messages.engine_load(self._metrics.snapshot, load_only=not events)
                 yield common.KvEventBatch(sequence_number=number, timestamp=time.time(), events=events, load=load)
             await asyncio.sleep(_EVENTS_SECONDS)
+
+    async def _refuse(self, request: Message, context: Context) -> NoReturn:
+        await status.abort(context, UnsupportedError("this server generates; it neither embeds nor profiles"))
+
+    Embed = StartProfile = StopProfile = _refuse
 
     async def _model(self, context: Context) -> ServedModel:
         try:

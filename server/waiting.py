@@ -17,12 +17,20 @@ class Waiting(NamedTuple):
     squares: int = 0  # of their lengths
 
 
+class Demand(NamedTuple):
+    """Of a tenant."""
+
+    requests: int = 0
+    tokens: int = 0
+
+
 class WaitingQueue(list[Request]):
     """A request's length does not change while it waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self._totals = [Waiting()] * _LENGTHS  # by the bits of the length
+        self.tenants: dict[str, Demand] = {}  # those that wait
 
     @property
     def totals(self) -> list[Waiting]:
@@ -47,3 +55,6 @@ class WaitingQueue(list[Request]):
         self._totals[length.bit_length()] = Waiting(
             total.requests + sign, total.tokens + sign * length, total.squares + sign * length * length
         )
+        demand = self.tenants.pop(request.tenant, Demand())
+        if demand.requests + sign:
+            self.tenants[request.tenant] = Demand(demand.requests + sign, demand.tokens + sign * length)

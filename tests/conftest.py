@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.process import ServerProcess
+if TYPE_CHECKING:
+    from tests.support.process import ServerProcess
 
-_SERVERS = pytest.StashKey[list[ServerProcess]]()
+_SERVERS = pytest.StashKey["list[ServerProcess]"]()
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +36,10 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def serve(request: pytest.FixtureRequest) -> Iterator[Callable[..., ServerProcess]]:
     """Starts servers: a model's path, then command line arguments. Their logs are shown if a test fails."""
-    servers = request.config.stash[_SERVERS] = []
+    from tests.support.process import ServerProcess  # needs packages that machines with a GPU may lack
+
+    servers: list[ServerProcess] = []
+    request.config.stash[_SERVERS] = servers
 
     def start(model: Path, *arguments: str, ready: bool = True) -> ServerProcess:
         server = ServerProcess(model, *arguments)

@@ -19,7 +19,7 @@ from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import SampledToken, SamplingParams
 from pagestream.model.tokenizer import load_tokenizer
-from pagestream.server import scheduler as scheduler_module
+from pagestream.server import admission
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
@@ -192,7 +192,7 @@ def test_in_chunks(answer: Answer, oracle: Oracle, prompts: list[list[int]], tok
 @pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests start before there is room for whole answers, so some are preempted."""
-    monkeypatch.setattr(scheduler_module, "GROWTH", 1)
+    monkeypatch.setattr(admission, "GROWTH", 1)
 
 
 @pytest.mark.usefixtures("little_room")

@@ -74,7 +74,7 @@ def test_a_hit_answers_as_a_cold_start(load: Callable[..., LoadedModel], dtype: 
 
 
 def test_deterministic_answers_that_come_back_in_prompts_are_hits_like_others(load: Callable[..., LoadedModel]) -> None:
-    """As in a chat. Without it, where prompts have an arithmetic of their own, they are close but not the same."""
+    """As in a chat. Otherwise, where prompts have an arithmetic of their own, they are close but not the same."""
     model = load("int4", deterministic=True)
     prompt = [(7 * number) % 300 for number in range(40)]
     (first,), _ = answers(model, [prompt], prefix_cache=False)

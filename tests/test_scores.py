@@ -14,7 +14,7 @@ import transformers
 from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.loader import LoadedModel, load_model
 from pagestream.model.step import SampledToken, SamplingParams
-from pagestream.server import scheduler as scheduler_module
+from pagestream.server import admission
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
@@ -84,7 +84,7 @@ def test_scores_are_those_that_generation_reports(
         request = Request("alone", prompt, SamplingParams(temperature=1.5, seed=7, logprobs=0), len(answer))
         tokens = generate(loaded, request)
         generated.append(([token.token_id for token in tokens], [token.logprob for token in tokens]))
-    monkeypatch.setattr(scheduler_module, "GROWTH", 1)
+    monkeypatch.setattr(admission, "GROWTH", 1)
     requests = [to_score(str(i), prompt, generated[i][0]) for i, (prompt, _) in enumerate(texts)]
     others = [Request(f"beside {i}", prompt, SamplingParams(), 90) for i, (prompt, _) in enumerate(texts)]
     scheduler = run(loaded, [*others, *requests], num_blocks=36, budget=61)

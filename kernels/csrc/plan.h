@@ -85,7 +85,10 @@ inline Plan make_plan(const AttentionParams& p, int64_t threads, int64_t partial
     piece.workspace_offset = plan.workspace_floats;
     const size_t first_piece = plan.segments.size();
     for (int32_t tile = block.tile_begin; tile < block.tile_end; tile = piece.tile_end) {
-      const int64_t wanted = tile + std::max(int64_t{1}, (target - used) / cost);
+      int64_t wanted = tile + std::max(int64_t{1}, (target - used) / cost);
+      // Of many blocks, half a piece too many is sooner done than splits are stored and merged.
+      if (static_cast<int64_t>(blocks.size()) > pieces && (block.tile_end - wanted) * cost <= total / pieces / 2)
+        wanted = block.tile_end;
       const int64_t split_end = (wanted + kTilesPerSplit - 1) / kTilesPerSplit * kTilesPerSplit;
       piece.tile_begin = tile;
       piece.tile_end = static_cast<int32_t>(std::min(int64_t{block.tile_end}, split_end));

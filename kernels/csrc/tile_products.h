@@ -15,6 +15,7 @@ using pagestream::kTilesPerSplit;
 constexpr int kSplit = kTile * kTilesPerSplit;  // keys
 constexpr int kPanel = 16;                      // rows of a tile register
 constexpr int kDepth = 32;                      // bfloat16 numbers in one of its rows
+constexpr int kScoreRow = kSplit + kPanel, kWeightRow = kSplit + kDepth;  // powers of two share few cache sets
 constexpr int kTileElements = kPanel * kDepth;
 
 constexpr TileShape kFull{kPanel, kDepth * sizeof(BFloat16)};
@@ -186,7 +187,7 @@ void score_few(const KVTile& tile, const BFloat16* query, int rows, float* score
   _tile_stored(3, square[3], 64);
   for (int i = 0; i < 4; ++i) {
     transpose(square[i]);
-    for (int r = 0; r < rows; ++r) store(scores + r * kSplit + i * kPanel, square[i][r]);
+    for (int r = 0; r < rows; ++r) store(scores + r * kScoreRow + i * kPanel, square[i][r]);
   }
 }
 

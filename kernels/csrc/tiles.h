@@ -20,10 +20,10 @@ struct TileScratch {
   BFloat16 *query;    // [rows, D / 32, parts, 32]
   BFloat16 *keys;     // few rows: the query's tiles, transposed; many: those of the split's keys
   BFloat16 *values;   // tiles of the split's values, rows in pairs
-  BFloat16 *weights;  // [32, kSplit]
+  BFloat16 *weights;  // [32, kWeightRow]
   BFloat16 *widened;  // [64, D]: a tile of int8 keys or values
   float *key_scales, *value_scales;  // [kSplit]: of int8 caches
-  float *scores;      // [32, kSplit]
+  float *scores;      // [32, kScoreRow]
   float *out;         // [32, D]: of one split
   float *total_out;   // [rows, D]
   Softmax* total;     // [rows]
@@ -34,11 +34,11 @@ struct TileScratch {
     take(query, count * size * 2);
     take(keys, kSplit * size);
     take(values, kSplit * size);
-    take(weights, 2 * kPanel * kSplit);
+    take(weights, 2 * kPanel * kWeightRow);
     take(widened, kTile * size);
     take(key_scales, kSplit);
     take(value_scales, kSplit);
-    take(scores, 2 * kPanel * kSplit);
+    take(scores, 2 * kPanel * kScoreRow);
     take(out, 2 * kPanel * size);
     take(total_out, count * size);
     take(total, count);
@@ -90,18 +90,20 @@ Softmax weigh(float* scores, BFloat16* weights, const float* value_scales, int l
     const Int key = lane_index() + j;
     store(scores + j, (key >= lo) & (key < hi) ? load(scores + j) : broadcast(kMasked));
   }
-  Float largest = load(scores);
-  for (int j = kLanes; j < count; j += kLanes) largest = max(load(scores + j), largest);
-  const float m = max(largest);
+  Float highest[4];
+  for (int i = 0; i < 4; ++i) highest[i] = load(scores + i * kLanes);
+  for (int j = kTile; j < count; j += kTile)
+    for (int i = 0; i < 4; ++i) highest[i] = max(load(scores + j + i * kLanes), highest[i]);
+  const float m = max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
   Float l[2] = {}, u[2] = {};
   for (int j = 0; j < count; j += kDepth) {
     Float weight[2];
     for (int half = 0; half < 2; ++half) {
-      const Float d = clamp_exponent((load(scores + j + half * kLanes) - m) * c);
+      const Float d = (load(scores + j + half * kLanes) - m) * c;
       weight[half] = exp2(d);
       l[half] += weight[half];
       if constexpr (kWithStats) {
-        u[half] = fma(weight[half], d, u[half]);
+        u[half] = fma(weight[half], clamp_exponent(d), u[half]);
         store(scores + j + half * kLanes, weight[half]);
       }
     }
@@ -135,8 +137,8 @@ void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int firs
   for (int r = 0; r < rows; ++r) {
     const Row& row = scratch.rows[first + r];
     const int lo = max(0, row.visible_begin - begin), hi = min(stop, row.position + 1) - begin;
-    float* const scores = scratch.scores + r * kSplit;
-    BFloat16* const weights = scratch.weights + r * kSplit;
+    float* const scores = scratch.scores + r * kScoreRow;
+    BFloat16* const weights = scratch.weights + r * kWeightRow;
     part[r] = Softmax();
     if (lo >= hi) {
       memset(weights, 0, sizeof(BFloat16) * count);
@@ -156,12 +158,12 @@ template <int kParts>
 void score_many(const TileScratch& scratch, int first, int rows, int count, int head_size) {
   const int64_t width = head_size * kParts, tiles = head_size / kDepth;
   multiply<kParts>({scratch.query + first * width, width, scratch.keys, kTileElements, tiles * kTileElements,
-                    static_cast<int>(tiles), scratch.scores, kSplit},
+                    static_cast<int>(tiles), scratch.scores, kScoreRow},
                    rows, count);
 }
 
 void sum_values(const TileScratch& scratch, int rows, int count, int head_size) {
-  multiply<1>({scratch.weights, kSplit, scratch.values, kDepth * head_size, kTileElements, count / kDepth, scratch.out,
+  multiply<1>({scratch.weights, kWeightRow, scratch.values, kDepth * head_size, kTileElements, count / kDepth, scratch.out,
                head_size},
               rows, head_size);
 }
@@ -189,7 +191,7 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
   for (int tile = s.tile_begin; tile < s.tile_end;) {
     const int split = tile / kTilesPerSplit, begin = tile * kTile;
     tile = min((split + 1) * kTilesPerSplit, s.tile_end);
-    const int stop = min(tile * kTile, end), count = round_up(stop - begin, kTile);
+    const int stop = min(tile * kTile, end);
     for (int key = begin; key < stop; key += kTile) {  // in the order in which memory holds a page
       const int at = key - begin;
       const KVTile key_tile = tile_of(keys, key, stop, last, scratch.widened);
@@ -203,12 +205,14 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
     }
     for (int first = 0; first < rows; first += 2 * kPanel) {
       const int panel_rows = min(2 * kPanel, rows - first);
+      const int panel_stop = min(stop, scratch.rows[first + panel_rows - 1].position + 1);
+      const int count = max(0, round_up(panel_stop - begin, kTile));
       if (!few) {
         if (parts == 1) score_many<1>(scratch, first, panel_rows, count, size);
         else score_many<2>(scratch, first, panel_rows, count, size);
       }
       Softmax part[2 * kPanel];
-      weigh_panels<kWithStats, kScaled>(p, scratch, first, panel_rows, begin, stop, part);
+      weigh_panels<kWithStats, kScaled>(p, scratch, first, panel_rows, begin, begin + count, part);
       sum_values(scratch, panel_rows, count, size);
       for (int r = 0; r < panel_rows; ++r) {
         const float* const out = scratch.out + r * size;

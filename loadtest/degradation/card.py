@@ -8,17 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pagestream.loadtest.degradation import tasks
+from pagestream.loadtest.degradation.control import NEGLIGIBLE, measure_control
 from pagestream.loadtest.degradation.dilution import measure_dilution
+from pagestream.loadtest.degradation.interference import VICTIMS, measure_interference
 from pagestream.loadtest.degradation.latency import NEW_TOKENS, lengths_up_to, measure_latency
-from pagestream.loadtest.degradation.quality import score_all, summarize_pairs, summarize_task
+from pagestream.loadtest.degradation.quality import score_all, summarize_fillers, summarize_pairs, summarize_task
 from pagestream.loadtest.degradation.server import NotReportedError, Server
 from pagestream.loadtest.degradation.text import NAME, read_text, words_of
 from pagestream.loadtest.manifest import environment
+from pagestream.loadtest.scrape import MetricsPage
 from pagestream.loadtest.shapes import Vocabulary
 from pagestream.loadtest.statistics import Interval
 
 VERSION = 1  # of the document
-PARTS = ("latency", "dilution", "quality")
+PARTS = ("latency", "interference", "dilution", "quality", "control")
 CAVEATS = (
     "Attention weights show where value vectors were mixed in one head. They are not an explanation of the output.",
     "Attention numbers are means over heads of a layer group; the few heads that carry retrieval do not show in them.",
@@ -40,28 +43,38 @@ class Effort:
     longest: int | None  # tokens; None: what the model and the server's KV pool take
     per_octave: int  # prompt lengths of the latency part
     repeats: int
+    intrusions: int  # of each length among streams that decode
     texts: int  # windows of dilution and paired perplexity
-    groups: int  # of trials for each length; those of long prompts are a quarter as many
-    passkey_groups: int
+    groups: int  # of trials for each length: copies, and lists of which one number at each depth is asked for
+    passkey_groups: int  # the two fillers in turn
+    controls: int  # copies of each length that a reference scores too, beside one list of lookups
 
 
-FULL = Effort(longest=None, per_octave=2, repeats=5, texts=6, groups=16, passkey_groups=2)
-QUICK = Effort(longest=1024, per_octave=1, repeats=3, texts=3, groups=4, passkey_groups=1)
+FULL = Effort(longest=None, per_octave=2, repeats=5, intrusions=5, texts=6, groups=40, passkey_groups=8, controls=3)
+QUICK = Effort(longest=1024, per_octave=1, repeats=3, intrusions=2, texts=3, groups=4, passkey_groups=2, controls=1)
 
 
 def measure_card(
-    server: Server, parts: Sequence[str], effort: Effort, metrics: str | None, seed: int, progress: Progress[Any]
+    server: Server,
+    parts: Sequence[str],
+    effort: Effort,
+    metrics: MetricsPage | None,
+    seed: int,
+    progress: Progress[Any],
+    reference: Server | None = None,
 ) -> dict[str, Any]:
-    """The document. A part that the server does not report is {"not_reported": why}. Raises TargetError."""
+    """The document. A part that the server does not report is {"not_reported": why}; without a reference there is no
+    control. Raises TargetError."""
     model = server.model()
     longest = min(int(model["max_context_tokens"]), int(model["kv_capacity_tokens"]), effort.longest or math.inf)
     special = frozenset([*model.get("eos_token_ids", ()), *filter(None, [model.get("bos_token_id")])])
+    vocabulary = Vocabulary(int(model["vocab_size"]), special)
     card: dict[str, Any] = {"version": VERSION, "model": model, "caveats": list(CAVEATS)}
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "latency": lambda: asdict(
             measure_latency(
                 server,
-                Vocabulary(int(model["vocab_size"]), special),
+                vocabulary,
                 lengths_up_to(int(longest) - NEW_TOKENS, per_octave=effort.per_octave),
                 effort.repeats,
                 metrics,
@@ -69,10 +82,13 @@ def measure_card(
                 progress,
             )
         ),
+        "interference": lambda: _interference(server, vocabulary, int(longest), effort, seed, progress),
         "dilution": lambda: _dilution(server, int(longest), effort, progress),
         "quality": lambda: _quality(server, int(longest), effort, seed, progress),
     }
-    for part in parts:
+    if reference is not None:
+        measures["control"] = lambda: _control(server, reference, int(longest), effort, seed, progress)
+    for part in (each for each in parts if each in measures):
         try:
             measured = measures[part]()
         except NotReportedError as error:
@@ -85,6 +101,14 @@ def _octaves(shortest: int, longest: int) -> list[int]:
     return [2**power for power in range(shortest.bit_length() - 1, int(longest).bit_length()) if 2**power <= longest]
 
 
+def _interference(
+    server: Server, vocabulary: Vocabulary, longest: int, effort: Effort, seed: int, progress: Progress[Any]
+) -> dict[str, Any]:
+    lengths = [min(length, longest - 1) for length in _octaves(min(512, longest), longest)]
+    points = measure_interference(server, vocabulary, lengths, effort.intrusions, seed, progress)
+    return {"victims": VICTIMS, "points": [asdict(point) for point in points]}
+
+
 def _dilution(server: Server, longest: int, effort: Effort, progress: Progress[Any]) -> dict[str, Any]:
     lengths = [min(length, longest - 32) for length in _octaves(64, longest)]
     text = read_text(server, max(lengths) * effort.texts)
@@ -92,21 +116,34 @@ def _dilution(server: Server, longest: int, effort: Effort, progress: Progress[A
     return {**asdict(measured), "text": NAME}
 
 
+def _control(
+    server: Server, reference: Server, longest: int, effort: Effort, seed: int, progress: Progress[Any]
+) -> dict[str, Any]:
+    words = words_of(server, read_text(server, 20_000))
+    trials = [
+        trial
+        for length in _octaves(128, longest)
+        for trial in (
+            *tasks.copy_trials(words, length, effort.controls, seed),
+            *tasks.key_value_trials(server, length, 1, seed),
+        )
+    ]
+    points = measure_control(server, reference, trials, lambda each: progress(each, len(each), "control"))
+    return {"reference": reference.model(), "negligible": NEGLIGIBLE, "points": [asdict(point) for point in points]}
+
+
 def _quality(server: Server, longest: int, effort: Effort, seed: int, progress: Progress[Any]) -> dict[str, Any]:
     text = read_text(server, longest * effort.texts)
     words = words_of(server, text[:20_000])
-
-    def groups(length: int) -> int:
-        """Fewer of the long ones, whose log-probabilities vary less and which take the time."""
-        return max(2, effort.groups // max(1, length // 2048))
 
     def run(name: str, trials: Iterator[tasks.Trial]) -> list[Any]:
         every = list(trials)
         return score_all(server, every, lambda each: progress(each, len(each), name))
 
-    copies = [t for n in _octaves(32, longest) for t in tasks.copy_trials(words, n, groups(n), seed)]
-    pairs = [t for n in _octaves(128, longest) for t in tasks.key_value_trials(server, n, groups(n), seed)]
+    copies = [t for n in _octaves(32, longest) for t in tasks.copy_trials(words, n, effort.groups, seed)]
+    pairs = [t for n in _octaves(128, longest) for t in tasks.key_value_trials(server, n, effort.groups, seed)]
     keys = [t for n in _octaves(256, longest) for t in tasks.passkey_trials(server, n, effort.passkey_groups, seed)]
+    passkeys = run("passkey", iter(keys))
     paired = tasks.perplexity_trials(text, _octaves(2 * tasks.SCORED, longest), effort.texts)
     digit = {"accuracy": 0.1, "exact": 1e-5, "logprob": math.log(0.1)}
     word = {"accuracy": 1 / len(words), "exact": 0.0, "logprob": -math.log(len(words))}
@@ -131,13 +168,14 @@ def _quality(server: Server, longest: int, effort: Effort, seed: int, progress: 
         ),
         "passkey": asdict(
             summarize_task(
-                run("passkey", iter(keys)),
+                passkeys,
                 "exact",
                 digit,
                 "one number in repeated filler, at five depths: a sanity check that most models pass",
                 effective=False,
             )
         ),
+        "fillers": {name: asdict(value) for name, value in summarize_fillers(passkeys).items()},
         "perplexity": [asdict(point) for point in summarize_pairs(run("perplexity", paired))],
         "text": NAME,
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,9 +13,12 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import track
 
+from pagestream.loadtest.credentials import Credentials
 from pagestream.loadtest.degradation.card import FULL, PARTS, QUICK, disagreements, measure_card
 from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.server import Server
+from pagestream.loadtest.degradation.tasks import DEPTHS, FILLERS
+from pagestream.loadtest.scrape import MetricsPage
 
 CONFIDENCE = 0.95  # of every interval
 
@@ -23,7 +28,17 @@ class DegradationError(ValueError):
 
 
 def draw_card(
-    target: str, metrics: str, folder: Path, only: Sequence[str] | None, against: Path | None, seed: int, *, quick: bool
+    target: str,
+    metrics: str,
+    folder: Path,
+    only: Sequence[str] | None,
+    against: Path | None,
+    seed: int,
+    credentials: Credentials,
+    *,
+    quick: bool,
+    reference: str | None,
+    trials: int | None,
 ) -> bool:
     """Whether it agrees with the other card, that is, no more numbers lie apart than 95 % intervals let; True without
     one. Raises DegradationError and TargetError."""
@@ -31,17 +46,24 @@ def draw_card(
     parts = only or PARTS
     if unknown := set(parts) - set(PARTS):
         raise DegradationError(f"{', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    if "control" in (only or ()) and reference is None:
+        raise DegradationError("control needs a --reference")
     other = _read(against) if against else None
-    with Server(_address(target)) as server:
+    with ExitStack() as stack:
+        server = stack.enter_context(Server(_address(target), credentials))
+        control = stack.enter_context(Server(_address(reference), credentials)) if reference else None
         name = Path(server.model()["name"]).name
         document = folder / f"{name}.json"
         kept = _read(document) if only and document.exists() else {}
-        card = {**kept, **measure_card(server, parts, QUICK if quick else FULL, metrics, seed, _progress)}
+        effort, page = QUICK if quick else FULL, MetricsPage(metrics, credentials)
+        if trials is not None:
+            effort = replace(effort, groups=trials, passkey_groups=max(len(FILLERS), trials // len(DEPTHS)))
+        card = {**kept, **measure_card(server, parts, effort, page, seed, _progress, control)}
     if kept and kept["model"] != card["model"]:
         raise DegradationError(f"{document} is of another model or setting: {kept['model']}")
     for path in write(card, folder, name, json.dumps(card, indent=1) + "\n"):
         console.print(path)
-    return other is None or _compare(console, other, {part: card[part] for part in parts})
+    return other is None or _compare(console, other, {part: card[part] for part in parts if part in card})
 
 
 def _address(target: str) -> str:

@@ -50,6 +50,22 @@ def draw_gap(axes: Axes, latency: Part) -> None:
     axes.legend()
 
 
+def draw_interference(axes: Axes, interference: Part) -> None:
+    points = interference["points"]
+    tokens = [point["tokens"] for point in points]
+    lines = (("worst_gap", "longest gap"), ("p99_gap", "99th percentile"))
+    for color, (name, label) in zip(COLORS, lines, strict=False):
+        plot_interval(axes, tokens, [point[name] for point in points], label, color)
+    for name, style, label in (
+        ("worst_gap_null", ":", "longest, without it"),
+        ("typical_gap", "--", "median, without it"),
+    ):
+        axes.plot(tokens, [point[name]["value"] for point in points], style, color=GREY, label=label)
+    token_axis(axes, "prompt that arrives, tokens")
+    seconds_axis(axes.yaxis, "gap between tokens")
+    axes.legend()
+
+
 def draw_effective_context(axes: Axes, dilution: Part) -> None:
     points = dilution["points"]
     tokens = [point["tokens"] for point in points]
@@ -145,6 +161,8 @@ def card_figures(card: Part) -> dict[str, Figure]:
     if measured(card, "latency"):
         add("first_token", "Time to first token", draw_first_token, card["latency"])
         add("gap", "Time per token", draw_gap, card["latency"])
+    if measured(card, "interference"):
+        add("interference", "Gaps of other streams while a prompt is read", draw_interference, card["interference"])
     if measured(card, "dilution"):
         add("effective_context", "Tokens that attention is spread over", draw_effective_context, card["dilution"])
         add("masses", "Where attention goes (mean of all layers)", draw_masses, card["dilution"])

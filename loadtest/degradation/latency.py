@@ -10,7 +10,7 @@ from statistics import median
 
 from pagestream.loadtest.degradation.fit import CostFit, fit_cost
 from pagestream.loadtest.degradation.server import Server
-from pagestream.loadtest.scrape import Series, scrape, total
+from pagestream.loadtest.scrape import MetricsPage, Series, total
 from pagestream.loadtest.shapes import Vocabulary
 from pagestream.loadtest.statistics import Interval, bootstrap, median_of
 
@@ -50,7 +50,7 @@ def measure_latency(
     vocabulary: Vocabulary,
     lengths: list[int],
     repeats: int,
-    metrics: str | None,
+    metrics: MetricsPage | None,
     seed: int,
     progress: Progress,
 ) -> Latency:
@@ -85,9 +85,9 @@ def measure_latency(
     return Latency(points, prefill, decode, per_token, rate, _speculated(before, after))
 
 
-def _scrape(url: str | None) -> Series | None:
+def _scrape(page: MetricsPage | None) -> Series | None:
     try:
-        return scrape(url) if url else None
+        return page.read() if page else None
     except (OSError, ValueError):
         return None
 

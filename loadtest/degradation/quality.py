@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagestream.loadtest.degradation.server import Server
-from pagestream.loadtest.degradation.tasks import DEPTHS, Trial
+from pagestream.loadtest.degradation.tasks import DEPTHS, FILLERS, Trial
 from pagestream.loadtest.statistics import Array, Interval, bootstrap, mean_of, wilson
 
 ABSOLUTE = 0.856  # RULER's threshold: what Llama-2-7B scored at 4k
@@ -144,6 +144,15 @@ def effective_length(by_length: dict[int, list[Outcome]], score: str, *, seed: i
         interval(lambda scores: np.full(len(scores), ABSOLUTE)),
         interval(lambda scores: RELATIVE * scores[:, short].mean(1)),
     )
+
+
+def summarize_fillers(outcomes: Sequence[Outcome]) -> dict[str, Interval]:
+    """Share of passkeys found, by the beginning of the text that they were hidden in: it should not matter."""
+    by_filler: dict[str, list[bool]] = {}
+    for outcome in outcomes:
+        text = FILLERS[outcome.trial.group % len(FILLERS)]
+        by_filler.setdefault(text.partition(".")[0], []).append(outcome.exact)
+    return {name: wilson(sum(each), len(each)) for name, each in by_filler.items()}
 
 
 def summarize_pairs(outcomes: Sequence[Outcome]) -> list[PairedPoint]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Event
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 from google.protobuf.json_format import MessageToDict
 
+from pagestream.loadtest.credentials import ANONYMOUS, Credentials
 from pagestream.loadtest.target import TargetError
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import insight_pb2, model_pb2, tokenizer_pb2
@@ -33,6 +35,7 @@ class NotReportedError(Exception):
 class Stream:
     """A streamed answer: seconds from sending to each token, and what the server says of it."""
 
+    begun: float  # when it was sent, by time.perf_counter
     tokens: list[float]
     stats: RequestStats | None
     cached_tokens: int
@@ -49,9 +52,17 @@ class Score:
 class Server:
     """One connection. Methods raise TargetError with a sentence for the user."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials = ANONYMOUS) -> None:
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._metadata = credentials.headers
+        try:
+            tls = credentials.for_grpc()
+        except OSError as error:
+            raise TargetError(str(error)) from error
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, tls, options=_OPTIONS)
         self._generation = GenerationServiceStub(self._channel)
         self._insight = InsightServiceStub(self._channel)
         self._tokenizer = TokenizerServiceStub(self._channel)
@@ -67,7 +78,9 @@ class Server:
     def model(self) -> dict[str, Any]:
         """ModelInfo as plain data."""
         response = self._call(
-            lambda: ModelServiceStub(self._channel).GetModel(model_pb2.GetModelRequest(), timeout=_CALL_SECONDS)
+            lambda: ModelServiceStub(self._channel).GetModel(
+                model_pb2.GetModelRequest(), timeout=_CALL_SECONDS, metadata=self._metadata
+            )
         )
         info = MessageToDict(
             response.model, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -77,16 +90,20 @@ class Server:
     def encode(self, text: str) -> list[int]:
         """Without the tokens that the model puts around a text."""
         request = tokenizer_pb2.EncodeRequest(text=text, special_tokens=False)
-        return list(self._call(lambda: self._tokenizer.Encode(request, timeout=_CALL_SECONDS)).token_ids)
+        return list(
+            self._call(
+                lambda: self._tokenizer.Encode(request, timeout=_CALL_SECONDS, metadata=self._metadata)
+            ).token_ids
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         request = tokenizer_pb2.DecodeRequest(token_ids=tokens, special_tokens=True)
-        return self._call(lambda: self._tokenizer.Decode(request, timeout=_CALL_SECONDS)).text
+        return self._call(lambda: self._tokenizer.Decode(request, timeout=_CALL_SECONDS, metadata=self._metadata)).text
 
     def score(self, prompt: Sequence[int], answer: Sequence[int]) -> Score:
         """Teacher-forced. Raises NotReportedError for a server without InsightService."""
         request = insight_pb2.ScoreRequest(token_ids=pb.TokenIds(ids=prompt), answer_token_ids=answer)
-        response = self._call(lambda: self._insight.Score(request, timeout=_CALL_SECONDS))
+        response = self._call(lambda: self._insight.Score(request, timeout=_CALL_SECONDS, metadata=self._metadata))
         return Score(list(response.logprobs), list(response.greedy))
 
     def stream(self, prompt: Sequence[int], new_tokens: int, *, attention: bool = False) -> Stream:
@@ -99,16 +116,37 @@ class Server:
         )
         return self._call(lambda: self._read(request))
 
+    def decode_until(self, prompt: Sequence[int], done: Event, took: Callable[[float], None]) -> None:
+        """Tells the moment, by time.perf_counter, of each token until `done` is set or there is no more room."""
+        request = pb.GenerateStreamRequest(
+            token_ids=pb.TokenIds(ids=prompt),
+            stop=pb.StopConfig(ignore_eos=True),
+            output=pb.OutputConfig(token_ids=True),
+        )
+
+        def read() -> None:
+            call = self._generation.GenerateStream(request, timeout=_CALL_SECONDS)
+            for event in call:
+                for _ in event.delta.token_ids:
+                    took(time.perf_counter())
+                if done.is_set():
+                    call.cancel()
+                    return
+
+        self._call(read)
+
     def _read(self, request: pb.GenerateStreamRequest) -> Stream:
         tokens: list[float] = []
         finished = pb.Finished()
         sent = time.perf_counter()
-        for event in self._generation.GenerateStream(request, timeout=_CALL_SECONDS):
+        for event in self._generation.GenerateStream(request, timeout=_CALL_SECONDS, metadata=self._metadata):
             if event.HasField("delta"):
                 tokens += [time.perf_counter() - sent] * len(event.delta.token_ids)
             elif event.HasField("finished"):
                 finished = event.finished
-        return Stream(tokens, finished.stats if finished.HasField("stats") else None, finished.usage.cached_tokens)
+        return Stream(
+            sent, tokens, finished.stats if finished.HasField("stats") else None, finished.usage.cached_tokens
+        )
 
     def _call(self, call: Callable[[], T]) -> T:
         try:

@@ -14,7 +14,7 @@ from pagestream.loadtest.degradation.server import Server
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the place asked for: first to last
 SCORED = 256  # tokens at most that are scored in one trial
-_FILLERS = (
+FILLERS = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ",
     "Rain fell on the old town. People walked home. Lamps were lit. A dog barked. It was late. ",
 )
@@ -71,7 +71,7 @@ def passkey_trials(server: Server, length: int, groups: int, seed: int) -> Itera
     """One number in repeated filler, at every depth."""
     for group in range(groups):
         random = Random(f"{seed} passkey {length} {group}")
-        filler = server.encode(_FILLERS[group % len(_FILLERS)])
+        filler = server.encode(FILLERS[group % len(FILLERS)])
         for depth in DEPTHS:
             value = f"{random.randrange(10_000, 100_000)}"
             needle = server.encode(f"\nThe pass key is {value}. Remember it.\n")

@@ -78,7 +78,17 @@ const CONTEXT_AXIS = {
   text: (n) => `${tokensText(n)} tokens`,
 };
 
-const TIME_AXIS = { label: "time", scale: { time: true }, text: (t) => new Date(t * 1000).toLocaleTimeString() };
+// A minute at least: around a single point uPlot would put years.
+const TIME_AXIS = {
+  label: "time",
+  scale: { time: true, range: (_, low, high) => [Math.min(low, high - 60), high] },
+  values: (_, splits) => splits.map((t, i) => (i % 2 ? "" : clockText(t))),
+  text: (t) => clockText(t),
+};
+
+function clockText(seconds) {
+  return new Date(seconds * 1000).toLocaleTimeString([], { hourCycle: "h23" });
+}
 
 // Of the marks of a logarithmic axis those that begin with 1, 2 or 5; with 1 if there are many.
 function roundOnes(plot, splits) {

@@ -227,11 +227,12 @@ function selftestPanel(body) {
       `${numberText(100 * now.value("selftest_max_error", test), 2)} %`,
     ]);
     const events = [...now.series("integrity_events_total").values()].map(([[kind], count]) =>
-      element("span", { class: count && !kind.startsWith("entropy") ? "bad" : "" }, `${kind.replace("_", " ")} ${count}  `),
+      element("span", { class: count && !kind.startsWith("entropy") ? "bad" : "" }, `${kind.replace("_", " ")} ${count}`),
     );
+    const listed = events.flatMap((each, i) => (i ? [", ", each] : [each]));
     body.replaceChildren(
       ...(tests.length ? [table(["test", "result", "error, of what is allowed"], tests)] : []),
-      element("p", {}, events.length ? "Integrity events: " : "No integrity monitor.", ...events),
+      element("p", {}, events.length ? "Integrity events: " : "No integrity monitor.", ...listed),
     );
     return tests.length > 0 || events.length > 0;
   };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pagestream.server.metric_families import FAMILIES, PREFIX
 
 Object = dict[str, Any]
 Complain = Callable[[list[Object]], list[list[str]]]  # about each
+START_OF_A_PROGRAM = 5  # seconds that a Python may take to come up on a busy node
 CLOSING = 5.0  # seconds to end the rest and close connections after the drain
 METRICS = {PREFIX + family.name for family in FAMILIES}
 BESIDE_KV = 2**30  # bytes beside the KV cache: program, weights of a small model, activations
@@ -42,6 +44,7 @@ def problems(objects: list[Object], scratch: Path) -> list[str]:
         *_resources(server, config),
         *_volumes(template["spec"], config),
         *_service(objects, template["metadata"]["labels"], server),
+        *_encryption(objects, encrypted=config.tls_cert is not None),
         *_selectors(objects, template["metadata"]["labels"]),
         *_autoscaling(objects, deployment),
     ]
@@ -53,7 +56,7 @@ def only(objects: list[Object], kind: str) -> Object:
 
 
 def read_config(objects: list[Object], pod: Object, server: Object, scratch: Path) -> ServerConfig:
-    """What the server reads: the file named in its arguments, from the ConfigMap that is mounted there."""
+    """What the server reads: the file named in its arguments, from the ConfigMap that is mounted there, and flags."""
     arguments = server["args"]
     file = Path(arguments[arguments.index("--config") + 1])
     mount = next(mount for mount in server["volumeMounts"] if Path(mount["mountPath"]) == file.parent)
@@ -61,7 +64,8 @@ def read_config(objects: list[Object], pod: Object, server: Object, scratch: Pat
     maps = {one["metadata"]["name"]: one["data"] for one in objects if one["kind"] == "ConfigMap"}
     copy = scratch / "pagestream.toml"
     copy.write_text(maps[volume["configMap"]["name"]][file.name])
-    return load_config(copy, {})
+    flags = [argument.removeprefix("--").split("=", 1) for argument in arguments if "=" in argument]
+    return load_config(copy, {name.replace("-", "_"): value for name, value in flags})
 
 
 def _ports_and_probes(server: Object, config: ServerConfig) -> Iterator[str]:
@@ -71,14 +75,44 @@ def _ports_and_probes(server: Object, config: ServerConfig) -> Iterator[str]:
     if ports != {"grpc": config.grpc_port, "metrics": config.http_port}:
         yield f"ports {ports} are not the server's"
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        asked = server[probe]["grpc"]
-        name = asked.get("service", "")
-        if asked["port"] != config.grpc_port:
-            yield f"{probe}: nothing serves gRPC on {asked['port']}"
+        name, wrong = _asked(server[probe], config)
+        yield from (f"{probe}: {each}" for each in wrong)
         if name not in {"", LIVENESS, *SERVICES}:
             yield f"{probe}: the server knows no {name!r}"
         if (name == LIVENESS) != (probe == "livenessProbe"):  # a loading or draining server must not be killed
             yield f"{probe}: asks for {name!r}"
+    yield from _files(server, [path for path in (config.tls_cert, config.tls_key, config.keys_file) if path])
+
+
+def _asked(probe: Object, config: ServerConfig) -> tuple[str, list[str]]:
+    """The health service that it asks for, and what is wrong with how it does."""
+    match probe:
+        case {"grpc": asked}:
+            wrong = {
+                f"nothing serves gRPC on {asked['port']}": asked["port"] != config.grpc_port,
+                "kubelet's gRPC speaks no TLS": config.tls_cert is not None,
+            }
+            name = asked.get("service", "")
+        case {"httpGet": asked}:
+            where = (asked["port"], asked.get("scheme", "HTTP"))
+            wrong = {f"nothing serves {asked}": where != ("metrics", "HTTPS" if config.tls_cert else "HTTP")}
+            name = "" if asked["path"] == "/healthz" else asked["path"]
+        case {"exec": {"command": ["pagestream", "health", *options]}}:
+            wrong = {
+                "TLS on one side only": ("--tls-ca" in options) != (config.tls_cert is not None),
+                "too short for a program": probe.get("timeoutSeconds", 1) < START_OF_A_PROGRAM,
+            }
+            name = dict(pairwise(options)).get("--service", "")
+        case _:
+            raise KeyError(f"a probe of {sorted(probe)}")
+    return name, [each for each, holds in wrong.items() if holds]
+
+
+def _files(server: Object, paths: list[Path]) -> Iterator[str]:
+    probe = server["livenessProbe"].get("exec", {}).get("command", [])
+    paths += [Path(ca) for option, ca in pairwise(probe) if option == "--tls-ca"]
+    folders = {Path(mount["mountPath"]) for mount in server["volumeMounts"]}
+    yield from (f"{path} is not mounted" for path in paths if path.parent not in folders)
 
 
 def _end(pod: Object, server: Object, config: ServerConfig) -> Iterator[str]:
@@ -149,6 +183,15 @@ def _service(objects: list[Object], labels: Object, server: Object) -> Iterator[
     for monitor in (one for one in objects if one["kind"] == "ServiceMonitor"):
         if not {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= names:
             yield "the ServiceMonitor scrapes a port that the Service lacks"
+
+
+def _encryption(objects: list[Object], *, encrypted: bool) -> Iterator[str]:
+    for port in only(objects, "Service")["spec"]["ports"]:
+        if port["name"] == "grpc" and (port.get("appProtocol") == "kubernetes.io/h2c") == encrypted:
+            yield "the Service says what its gRPC port does not speak"
+    for monitor in (one for one in objects if one["kind"] == "ServiceMonitor"):
+        if any((endpoint.get("scheme") == "https") != encrypted for endpoint in monitor["spec"]["endpoints"]):
+            yield "the ServiceMonitor speaks otherwise than its port"
 
 
 def _selectors(objects: list[Object], labels: Object) -> Iterator[str]:

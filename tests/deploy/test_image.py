@@ -93,6 +93,13 @@ def test_it_holds_no_compiler_no_headers_and_no_model(containers: Containers) ->
     assert containers(*run, look, check=False) == ""
 
 
+def test_it_speaks_to_gateways_and_to_opentelemetry(containers: Containers) -> None:
+    """The extras `gateway` and `otel`: what serves without them only warns."""
+    look = "import pagestream.server.vllm_service, pagestream.server.tracing"
+    run = ("podman", "run", "--rm", "--network", "none", *LOCKED_DOWN, "--entrypoint", "python", IMAGE, "-c")
+    assert containers(*run, look) == ""
+
+
 @pytest.mark.parametrize("isa", ["auto", "avx512", "avx2", "baseline"])
 def test_the_kernels_are_there_for_every_cpu(containers: Containers, isa: str) -> None:
     look = "from pagestream.kernels import build; print(*build._isas()); print(build.load().implementation)"

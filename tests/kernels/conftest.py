@@ -141,7 +141,7 @@ def float8_batch(
     rows: Sequence[tuple[int, int]], key_scale: float, value_scale: float, **options: Any
 ) -> tuple[Batch, tuple[Tensor, Tensor]]:
     """A batch in e4m3 and its scales, which differ from head to head; the oracle sees what the stored numbers mean."""
-    batch = random_batch(rows, dtype=torch.bfloat16, **options)
+    batch = random_batch(rows, **{"dtype": torch.bfloat16, **options})
     page_size = batch.key_cache.shape[2]
 
     def stored(cache: Tensor, originals: list[Tensor], scale: Tensor) -> Tensor:

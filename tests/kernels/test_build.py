@@ -104,3 +104,36 @@ def test_library_needs_only_the_stable_interface_of_torch(library):
     needed = [name for _, name in symbols_of(library, "-D", "--undefined-only")]
     assert [name for name in needed if name.startswith(("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch"))] == []
     assert any(name.startswith("aoti_torch_") for name in needed)
+
+
+STREAM = """
+#include "torch_stream.h"
+extern "C" int32_t stream_of_device_3() {
+  void* stream = nullptr;
+  return get_current_stream(3, &stream) ? static_cast<int32_t>(reinterpret_cast<int64_t>(stream)) : -1;
+}
+"""
+TORCH_CUDA = """
+extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream) {
+  *stream = reinterpret_cast<void*>(1000L + device);
+  return 0;
+}
+"""
+ASK = "import ctypes, sys; *_, user = [ctypes.CDLL(path) for path in sys.argv[1:]]; print(user.stream_of_device_3())"
+
+
+def test_finds_the_stream_in_a_library_that_is_loaded_privately(tmp_path):
+    """As Python loads torch's CUDA library, for which another of its name stands in here."""
+    paths = [tmp_path / "libtorch_cuda.so", tmp_path / "user.so"]
+    for path, source in zip(paths, (TORCH_CUDA, STREAM), strict=True):
+        source_path = path.with_suffix(".cpp")
+        source_path.write_text(source)
+        options = ("-shared", "-fPIC", f"-Wl,-soname,{path.name}", f"-I{build._SOURCES}")
+        subprocess.run([build.compiler(), *options, source_path, "-o", path], check=True)
+
+    def asked(*libraries: Path) -> str:
+        command = [sys.executable, "-c", ASK, *libraries]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert asked(*paths) == "1003"
+    assert asked(paths[1]) == "-1"

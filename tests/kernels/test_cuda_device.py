@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 300)
 BATCHES = {
     "decode": [(1, n) for n in LENGTHS],
-    "mixed": [(1, 2000), (17, 17), (0, 40), (1, 1), (64, 65), (3, 1300)],
+    "mixed": [(1, 2000), (17, 17), (0, 40), (0, 0), (1, 1), (64, 65), (3, 1300)],
     "chunk": [(300, 700), (1, 90)],
 }
 HEADS = ((6, 2), (8, 1))  # the float64 oracle is what takes time
@@ -67,9 +67,10 @@ def test_window_equals_float64(helpers, rows, window):
     Call(batch).run().check(helpers, batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "head_size"), [*itertools.product(BATCHES, (64, 80, 96, 128))])
-def test_float8_equals_float64(helpers, rows, head_size):
-    batch, scales = helpers.float8_batch(BATCHES[rows], 0.02, 0.3, head_size=head_size)
+def test_float8_equals_float64(helpers, rows, head_size, dtype):
+    batch, scales = helpers.float8_batch(BATCHES[rows], 0.02, 0.3, head_size=head_size, dtype=dtype)
     Call(batch, scales=scales).run().check(helpers, batch)
 
 
@@ -91,12 +92,33 @@ def test_repetition_and_statistics_change_no_bit(helpers):
     assert torch.equal(first.out, Call(batch, stats=False, page_masses=False).run().out)
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_a_planned_call_allocates_nothing(helpers, page_size):
+    batch = helpers.random_batch([(1, 700), (20, 90)], dtype=torch.bfloat16, page_size=page_size)
+    call = Call(batch)
+    workspace = attention_workspace(call.inputs[0], page_masses=call.page_masses, page_size=page_size)
+    call.plan(workspace)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    call.run(workspace)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    call.check(helpers, batch)
+
+
+def test_page_masses_that_do_not_fit_the_workspace_are_refused(helpers):
+    call = Call(helpers.random_batch([(1, 700)], dtype=torch.bfloat16, page_size=64))
+    workspace = attention_workspace(call.inputs[0])
+    call.plan(workspace)
+    with pytest.raises(RuntimeError, match="make it by attention_workspace"):
+        call.run(workspace)
+
+
 def test_one_plan_serves_all_layers_and_a_graph_replays_with_new_lengths(helpers):
     """Captured once with the longest lengths; then lengths change in place, as they do from step to step."""
     batches = [helpers.random_batch([(1, n), (1, m)], dtype=torch.bfloat16) for n, m in ((4000, 4000), (70, 3000))]
     calls = [Call(batch) for batch in batches]
     first, second = calls
-    workspace = attention_workspace(first.inputs[0])
+    workspace = attention_workspace(first.inputs[0], page_masses=first.page_masses, page_size=64)
     expected = [Call(batch).run().out for batch in batches]
     first.plan(workspace)
     first.run(workspace)  # loads the kernels, which must not happen under capture
@@ -127,20 +149,22 @@ def test_padded_rows_of_a_graph_are_left_alone(helpers):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
-def test_append_equals_the_reference(dtype, norm):
-    heads = torch.randn(300, 12, 128, device="cuda").to(torch.float16 if dtype == torch.float16 else torch.bfloat16)
+@pytest.mark.parametrize("is_float8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_append_equals_the_reference(dtype, is_float8, norm):
+    heads = torch.randn(300, 12, 128, device="cuda").to(dtype)
+    cache_dtype = torch.float8_e4m3fn if is_float8 else dtype
     angles = torch.rand(300, 64, device="cuda") * 1000
     cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
     weight = torch.rand(10, 128, device="cuda").to(heads.dtype) if norm else None
     slots = torch.randperm(64 * 32, device="cuda")[:300]
     scales = (None, None)
-    if dtype == torch.float8_e4m3fn:
+    if is_float8:
         scales = (torch.tensor([0.02, 0.05], device="cuda"), torch.tensor([0.01, 0.5], device="cuda"))
     results = []
     for operator in (append_kv, None):
         mine = heads.clone()
-        caches = [torch.zeros(32, 2, 64, 128, device="cuda").to(dtype) for _ in range(2)]
+        caches = [torch.zeros(32, 2, 64, 128, device="cuda").to(cache_dtype) for _ in range(2)]
         if operator is None:
             reference.append_kv(mine, cos, sin, weight, 1e-5, *caches, slots, *scales)
         else:
@@ -148,5 +172,5 @@ def test_append_equals_the_reference(dtype, norm):
             operator(mine, cos, sin, *caches, slots, **options)
         results.append([mine.float(), *(cache.float() for cache in caches)])
     for ours, expected in zip(*results, strict=True):
-        step = 2.0**-3 if dtype == torch.float8_e4m3fn else 2.0**-7
+        step = 2.0**-3 if is_float8 else 2.0**-7
         torch.testing.assert_close(ours, expected, rtol=step, atol=2e-3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pagestream.kernels import attention_workspace, build, paged_attention, reference, store_kv
+from pagestream.kernels import append_kv, attention_workspace, build, paged_attention, reference, store_kv
 
 
 def arguments(batch, *, stats=True):
@@ -57,7 +57,7 @@ def test_opcheck_planning():
     assert workspace.numel() == 0
     arguments = (starts, starts[1:] + 5, 4, 2, 64, 0, workspace)
     torch.library.opcheck(torch.ops.pagestream.plan_attention.default, arguments)
-    torch.library.opcheck(torch.ops.pagestream.attention_workspace_size.default, (query,))
+    torch.library.opcheck(torch.ops.pagestream.attention_workspace_size.default, (query, torch.zeros(3, 4, 2), 64))
 
 
 def test_fake_tensors_pass_without_data():
@@ -189,7 +189,34 @@ def test_contents_that_point_outside_raise_instead_of_crashing(cpp_attend, helpe
         cpp_attend(batch)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("head_size", [8, 80])
+@pytest.mark.parametrize("to_dtype", [*DTYPES, torch.int8], ids=str)
+@pytest.mark.parametrize("from_dtype", DTYPES, ids=str)
+def test_append_kv_normalises_rotates_and_stores_as_the_reference(from_dtype, to_dtype, head_size, norm):
+    torch.manual_seed(0)
+    projected = torch.randn(130, 7, head_size).to(from_dtype)
+    cos, sin = torch.randn(2, 130, head_size)
+    weight = torch.rand(5, head_size).to(from_dtype) if norm else None
+    slots = torch.randperm(9 * 16)[:130]
+    results = []
+    for append in (torch.ops.pagestream.append_kv.default, reference.append_kv):
+        build.load()
+        heads = projected.clone()[:, :6]  # rows are not adjacent
+        caches = torch.full((9, 2, 16 * 2, head_size), 3).to(to_dtype).unflatten(2, (2, 16)).unbind(2)
+        scales = torch.full((2, 9, 2, 16), 3.0).unbind() if to_dtype == torch.int8 else (None, None)
+        append(heads, cos, sin, None if weight is None else weight[:4], 1e-5, *caches, slots, *scales)
+        results.append([heads.float(), *(cache.float() for cache in caches), *scales])
+    step = max(torch.finfo(from_dtype).eps, 2**-22 if to_dtype == torch.int8 else torch.finfo(to_dtype).eps)
+    for ours, expected in zip(*results, strict=True):
+        if ours is not None:
+            is_codes = to_dtype == torch.int8 and ours is not results[0][0] and ours.dim() == 4
+            torch.testing.assert_close(ours, expected, rtol=step, atol=1 if is_codes else 1e-5)
+
+
 def test_a_slot_outside_the_cache_raises():
     rows, cache = torch.zeros(2, 1, 8), torch.zeros(2, 1, 16, 8)
     with pytest.raises(ValueError if build.load().implementation == "cpp" else IndexError, match="2"):
         store_kv(rows, rows, cache, cache.clone(), torch.tensor([0, 32]))
+    with pytest.raises(ValueError if build.load().implementation == "cpp" else IndexError, match="2"):
+        append_kv(rows.repeat(1, 3, 1), rows[:, 0], rows[:, 0], cache, cache.clone(), torch.tensor([0, 32]))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pagestream.kernels import build, operators, selftest
+from pagestream.kernels import append_kv, build, operators, selftest
 
 CPU = torch.device("cpu")
 SERVED = (  # dtypes of queries and pages, page size, head size, query heads of a KV head
@@ -110,11 +110,11 @@ def test_a_kernel_that_writes_wrongly_is_caught(
 
 
 def test_a_store_that_leaves_a_row_out_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def store(key: torch.Tensor, value: torch.Tensor, *caches: torch.Tensor, **scales: Any) -> None:
+    def store(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *caches: torch.Tensor, **scales: Any) -> None:
         *caches, slots = caches
-        operators.store_kv(key[:-1], value[:-1], *caches, slots[:-1], **scales)
+        append_kv(heads[:-1], cos[:-1], sin[:-1], *caches, slots[:-1], **scales)
 
-    monkeypatch.setattr(selftest, "store_kv", store)
+    monkeypatch.setattr(selftest, "append_kv", store)
     assert "T1" in {check.test for check in selftest.run(setting()) if not check.passed}
 
 

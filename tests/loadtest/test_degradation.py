@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagestream.loadtest.degradation.card import Effort, disagreements, measure_card
+from pagestream.loadtest.degradation.card import PARTS, Effort, disagreements, measure_card
 from pagestream.loadtest.degradation.fit import fit_cost, nonnegative_fit
+from pagestream.loadtest.degradation.interference import judge
 from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.quality import Outcome, effective_length
 from pagestream.loadtest.degradation.server import Server
@@ -99,6 +100,20 @@ def test_effective_length_by_both_definitions() -> None:
     assert (found.relative.lower, found.relative.upper) == (512, 512)
 
 
+def test_stalls_are_what_gaps_are_longer_than_before() -> None:
+    """Two victims with a token every 10 ms; a prompt at 1 s takes half a second. One stalls for 190 ms while it is
+    read, the other is in a gap of 30 ms when it comes and misses the end of a later one."""
+    first = [*np.arange(0, 1.001, 0.01), 1.2, *np.arange(1.21, 1.6, 0.01)]
+    second = [*np.arange(0, 0.986, 0.01), *np.arange(1.01, 1.495, 0.01), 1.6]
+    found = judge([first, second], 1.0, 1.5)
+    assert found.first_token == pytest.approx(0.5)
+    assert found.typical_gap == pytest.approx(0.01)
+    assert found.worst_gap == pytest.approx(0.2)
+    assert found.worst_gap_null == pytest.approx(0.01)
+    assert found.stall == pytest.approx(0.19 + 0.02 + 0.1, abs=0.011)
+    assert found.stall_null == pytest.approx(0, abs=1e-6)
+
+
 class Letters:
     """A tokenizer of one token for each character, in the place of a server."""
 
@@ -147,19 +162,23 @@ def test_a_card_of_a_real_server_repeats_and_stands_alone(
     serve: Callable[..., ServerProcess], default_model_path: Path, tmp_path: Path
 ) -> None:
     server = serve(default_model_path, "--dtype", "auto", "--kv-memory", "64MiB", "--no-speculation")
-    effort = Effort(longest=512, per_octave=1, repeats=2, texts=2, groups=2, passkey_groups=1)
+    effort = Effort(longest=512, per_octave=1, repeats=2, intrusions=1, texts=2, groups=2, passkey_groups=2, controls=1)
 
     def measure(parts: tuple[str, ...]) -> dict[str, Any]:
         with Server(server.address) as connection:
-            return measure_card(connection, parts, effort, None, 0, lambda items, _total, _name: items)
+            return measure_card(connection, parts, effort, None, 0, lambda items, _total, _name: items, connection)
 
-    card = measure(("latency", "dilution", "quality"))
+    card = measure(PARTS)
     document = json.dumps(card, allow_nan=False)
     page = write(card, tmp_path, "card", document)[1].read_text()
     assert "SmolLM2-135M-Instruct" in page
     assert page.count("<svg") >= 2
     assert not re.search(r"""(?:src|href)=["']?(?!#)""", page.replace("xlink:href", ""))
     assert "not reported by this server" not in json.dumps(card["latency"])
+    [point] = card["interference"]["points"]
+    assert point["first_token"]["value"] > point["typical_gap"]["value"] > 0
+    assert len(card["quality"]["fillers"]) == 2
+    assert {point["largest"] for point in card["control"]["points"]} == {0.0}, "the reference is the server itself"
     common, apart = disagreements(json.loads(document), measure(("dilution", "quality")))
     assert apart == []
     assert common > 0 or "not_reported" in card["quality"]

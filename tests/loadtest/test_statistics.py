@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pagestream.loadtest.measures import collect
 from pagestream.loadtest.record import Record
-from pagestream.loadtest.scrape import Histogram, deltas
+from pagestream.loadtest.scrape import Histogram, deltas, histograms
 from pagestream.loadtest.statistics import CTX, Z95, bootstrap, ctx_of, describe, mean_of, median_of, wilson
 from pagestream.loadtest.summary import agreement
 from pagestream.server.metric_families import CONTEXT_EDGES
@@ -89,6 +89,16 @@ def test_only_what_grew_is_told() -> None:
     before = {("a_total", ()): 3.0, ("b_total", ()): 1.0, ("gauge", ()): 5.0}
     after = {("a_total", ()): 5.0, ("b_total", ()): 1.0, ("gauge", ()): 9.0, ("c_count", ()): 2.0}
     assert deltas(before, after) == {("a_total", ()): 2.0, ("c_count", ()): 2.0}
+
+
+def test_empty_buckets_say_where_the_next_begins() -> None:
+    """As in Prometheus, the median of samples between 1 and 2 s does not lie below 1 s."""
+    edges = {"1.0": 0.0, "2.0": 4.0, "+Inf": 4.0}
+    after = {("t_bucket", (("ctx", "256"), ("le", edge))): count for edge, count in edges.items()}
+    after |= {("t_bucket", (("ctx", "512"), ("le", edge))): 0.0 for edge in edges}
+    found = histograms(deltas({}, after), "t", "ctx")
+    assert set(found) == {"256"}
+    assert found["256"].quantile(0.5) == 1.5
 
 
 @pytest.mark.parametrize(("shift", "within"), [(1.0, True), (1.1, True), (1.4, False)])

@@ -127,6 +127,11 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Network]:
     ) -> None:
         reference.paged_attention(*tensors, scale, window, out, None, None, **scales)
 
+    def append(
+        *tensors: torch.Tensor, norm_weight: torch.Tensor | None, epsilon: float, **scales: torch.Tensor | None
+    ) -> None:
+        reference.append_kv(*tensors[:3], norm_weight, epsilon, *tensors[3:], **scales)
+
     def linear(
         rows: torch.Tensor, *packed: torch.Tensor, out: torch.Tensor, prefill_rows: int = 0, vocabulary: int = 0
     ) -> None:
@@ -140,7 +145,7 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Network]:
             patch.setattr(network_module, "native_decoder", lambda *_: None)
             network = Network(config, weights)
         monkeypatch.setattr(kernels, "paged_attention", attention)
-        monkeypatch.setattr(kernels, "store_kv", reference.store_kv)
+        monkeypatch.setattr(kernels, "append_kv", append)
         kinds = {"prefill_rows": prefill_rows, "vocabulary": config.vocab_size}
         monkeypatch.setattr(kernels, "quantized_linear", partial(linear, **kinds))
         return network

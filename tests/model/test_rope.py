@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from pagestream.kernels import append_kv
 from pagestream.model.config import ModelConfig, RopeScaling
-from pagestream.model.rope import RotaryEmbedding, rope_frequencies, rotate
+from pagestream.model.rope import RotaryEmbedding, rope_frequencies
 
 CPU = torch.device("cpu")
 OURS = ModelConfig(
@@ -75,6 +76,16 @@ def theirs(config: ModelConfig) -> LlamaRotaryEmbedding:
     )
 
 
+def rotate(
+    config: ModelConfig, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the network does it: heads [T, H, D] of queries and keys, turned for their positions."""
+    heads = torch.cat((query, key, torch.zeros_like(key)), 1)
+    caches = torch.zeros(2, 1, key.shape[1], 16, key.shape[2])
+    append_kv(heads, *RotaryEmbedding(config, CPU)(positions), *caches, torch.arange(len(heads)))
+    return heads[:, : query.shape[1]], caches[0, 0, :, : len(heads)].transpose(0, 1)
+
+
 @pytest.mark.parametrize("name", SCALINGS)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_frequencies_match_transformers(name: str, head_dim: int) -> None:
@@ -93,26 +104,19 @@ def test_rotation_matches_transformers_at_far_positions(name: str) -> None:
     query, key = torch.randn(2, len(positions), config.num_heads, config.head_dim, generator=generator())
     cos, sin = theirs(config)(query, positions[None])
     expected_query, expected_key = apply_rotary_pos_emb(query[None], key[None], cos, sin, unsqueeze_dim=2)
-    rotation = RotaryEmbedding(config, CPU)(positions)
-    torch.testing.assert_close(rotate(query, *rotation), expected_query[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rotate(key, *rotation), expected_key[0], atol=1e-5, rtol=1e-5)
+    rotated_query, rotated_key = rotate(config, query, key, positions)
+    torch.testing.assert_close(rotated_query, expected_query[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotated_key, expected_key[0], atol=1e-5, rtol=1e-5)
 
 
 @given(st.integers(0, 4000), st.integers(0, 4000), st.integers(0, 4000))
 @settings(deadline=None)
 def test_products_depend_on_the_distance_alone(query_at: int, key_at: int, shift: int) -> None:
-    rope = RotaryEmbedding(OURS, CPU)
     query, key = torch.randn(2, 1, 1, OURS.head_dim, generator=generator())
 
-    def score(query_position: int, key_position: int) -> float:
-        turned_query = rotate(query, *rope(torch.tensor([query_position])))
-        return float((turned_query * rotate(key, *rope(torch.tensor([key_position])))).sum())
+    def score(*positions: int) -> float:
+        queries, keys = rotate(OURS, query.repeat(2, 1, 1), key.repeat(2, 1, 1), torch.tensor(positions))
+        return float((queries[0] * keys[1]).sum())
 
     tolerance = 8000 * 2**-24 * float((query * key).abs().sum())  # an angle of 8000 rad is known to half a unit
     assert math.isclose(score(query_at, key_at), score(query_at + shift, key_at + shift), abs_tol=4 * tolerance)
-
-
-def test_half_precision_heads_are_turned_in_fp32() -> None:
-    heads = torch.randn(5, 3, OURS.head_dim, generator=generator()).bfloat16()
-    rotation = RotaryEmbedding(OURS, CPU)(torch.arange(1000, 1005))
-    assert torch.equal(rotate(heads, *rotation), rotate(heads.float(), *rotation).bfloat16())

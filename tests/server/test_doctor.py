@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +13,7 @@ from pagestream.kernels import build
 from pagestream.server import __main__ as cli
 from pagestream.server.config import ServerConfig
 from pagestream.server.doctor import Finding, examine
+from tests.support.certificates import make_pair
 
 
 def findings(config: ServerConfig) -> dict[str, Finding]:
@@ -43,6 +45,18 @@ def test_what_is_missing_has_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_too_little_memory_is_said(default_model_path: Path) -> None:
     config = ServerConfig(model=str(default_model_path), grpc_port=0, http_port=0, kv_memory=2**50)
     assert not findings(config)["memory"].good
+
+
+def test_certificate_and_keys_are_tried(tmp_path: Path, default_model_path: Path) -> None:
+    own, other = make_pair(tmp_path, "own"), make_pair(tmp_path, "other")
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[key]]\nname = "a"\n')
+    free: dict[str, Any] = {"grpc_port": 0, "http_port": 0, "tls_cert": own.cert}
+    found = findings(ServerConfig(**free, tls_key=own.key, keys_file=keys))
+    assert found["certificate"].good
+    assert not found["keys"].good
+    assert found["keys"].found == f"{keys}: key 1: sha256 must be 64 hex digits in lower case"
+    assert not findings(ServerConfig(**free, tls_key=other.key))["certificate"].good
 
 
 def test_the_command_says_it_in_lines_and_in_its_exit_code(tmp_path: Path) -> None:

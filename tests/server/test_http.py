@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
+import hashlib
 import json
 import re
 import socket
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -18,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from pagestream.server import http
 from pagestream.server.http import HttpServer, start_http
+from pagestream.server.keys import KeyFile
 from pagestream.server.metrics import Metrics
 from pagestream.server.snapshot import ServerState
 from tests.support.waiting import wait_until
@@ -103,6 +107,49 @@ def test_live_json_is_never_cached(server: HttpServer, metrics: Metrics) -> None
 def test_other_paths_are_not_found(server: HttpServer) -> None:
     assert get(server, "/metrics/x")[0] == 404
     assert get(server, "/favicon.ico")[0] == 404
+
+
+@pytest.fixture
+def locked(metrics: Metrics, tmp_path: Path) -> Iterator[HttpServer]:
+    file = tmp_path / "keys.toml"
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("watcher", "client")}
+    file.write_text(
+        f'[[key]]\nname = "w"\nsha256 = "{digests["watcher"]}"\nmetrics = true\n'
+        f'[[key]]\nname = "c"\nsha256 = "{digests["client"]}"\n'
+    )
+    server = start_http(0, "127.0.0.1", metrics, keys=KeyFile(file))
+    yield server
+    server.close()
+
+
+def basic(password: str) -> str:
+    return "Basic " + base64.b64encode(f"anybody:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/live.json"])
+def test_with_keys_only_who_may_read_metrics_does(locked: HttpServer, path: str) -> None:
+    """A client's own token does not do: what is told here is of all tenants."""
+    for good in ("Bearer watcher", "bearer watcher", basic("watcher")):
+        assert get(locked, path, Authorization=good)[0] == 200
+    bad = (
+        "Bearer client",
+        "Bearer other",
+        "Bearer ",
+        "watcher",
+        basic("client"),
+        "Basic watcher",
+        "Basic /w==",
+        "Basic",
+    )
+    for refused in (*bad, None):
+        headers = {} if refused is None else {"Authorization": refused}
+        status, body, answer = get(locked, path, **headers)
+        assert (status, body) == (401, b"the token of a key with metrics = true is needed"), refused
+        assert answer["WWW-Authenticate"].startswith("Basic ")  # a browser asks for it
+
+
+def test_with_keys_a_probe_needs_none(locked: HttpServer) -> None:
+    assert get(locked, "/healthz")[:2] == (503, b"loading")
 
 
 def test_a_silent_client_holds_up_nobody(server: HttpServer) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
+
+from pagestream.model.step import SampledToken, StepResult
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import FinishReason, Request, RequestState
 from pagestream.server.scheduler import Scheduler
-from tests.support.stepping import make_request, make_scheduler, step
+from tests.support.stepping import EOS, WORD, make_request, make_scheduler, step
 
 
 def preempted_pair() -> tuple[BlockPool, Scheduler, Request, Request, list[tuple[str, int, int]]]:
@@ -71,3 +76,41 @@ def test_a_pause_keeps_its_place_and_costs_only_what_others_needed() -> None:
         step(scheduler)
     assert (a.num_output_tokens, a.num_preemptions) == (12, 0)
     assert pool.num_active == 0
+
+
+@pytest.mark.parametrize("workload", ["chats", "long", "whole pool", "half whole pool"])
+def test_under_a_pool_that_is_always_full_less_than_a_fifth_is_recomputed(workload: str) -> None:
+    """Five times 60 requests each, whose answers grow without end in sight."""
+    shares, preempted = [], 0
+    for seed in range(5):
+        chance = random.Random(f"{workload} {seed}")
+        pool, scheduler = make_scheduler(num_blocks=64, block_size=4, token_budget=64)
+        lengths = {}
+        for number in range(60):
+            prompt, answer, most = _lengths(workload, chance)
+            lengths[str(number)] = answer
+            scheduler.admit(make_request(str(number), prompt, min(most, pool.capacity - prompt)))
+        computed = 0
+        while scheduler.has_work:
+            plan = scheduler.plan()
+            computed += plan.num_tokens
+            ends = [chunk.end - chunk.num_prompt_tokens + 1 >= lengths[chunk.request_id] for chunk in plan.chunks]
+            tokens = [SampledToken(EOS if end else WORD) for end in ends]
+            result = StepResult(tuple((t,) if c.samples else () for c, t in zip(plan.chunks, tokens, strict=True)))
+            scheduler.commit(plan, result)
+        preempted += scheduler.num_preemptions_total
+        shares.append(scheduler.recomputed_tokens_total / computed)
+    assert preempted
+    assert max(shares) < 0.2, shares
+
+
+def _lengths(workload: str, chance: random.Random) -> tuple[int, int, int]:
+    """Tokens of a prompt, of its answer, and those that its client allows, on a pool of 256."""
+    if workload == "chats":
+        answer = chance.randint(4, 40)
+        return chance.randint(2, 40), answer, answer * chance.choice((1, 4))
+    if workload == "long":
+        return chance.randint(2, 30), chance.randint(10, 100), 100
+    if workload == "whole pool" or chance.random() < 0.5:
+        return chance.randint(2, 50), chance.randint(120, 250), 256
+    return chance.randint(2, 25), chance.randint(2, 25), 25

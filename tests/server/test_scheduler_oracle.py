@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagestream.server.admission import MAX_PREEMPTIONS
 from pagestream.server.request import FinishReason, Request, RequestState
-from pagestream.server.scheduler import MAX_PREEMPTIONS
 from tests.support.scheduling import INTERRUPTIONS, VOCABULARY, Simulation, make_request
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pagestream.model.sampling import NonFiniteLogitsError
 from pagestream.model.step import SamplingParams
+from pagestream.server import admission
 from pagestream.server import given as given_module
-from pagestream.server import scheduler as scheduler_module
 from pagestream.server.request import FinishReason, Request
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import insight_pb2, stats_pb2
@@ -41,7 +41,7 @@ def test_each_given_token_is_scored_once_after_all_before_it() -> None:
         simulation = Simulation(13, 4, budget, 6, prefix_cache=prefix_cache)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(given_module, "MAX_SCORED_ROWS", rows)
-            patch.setattr(scheduler_module, "GROWTH", 1)
+            patch.setattr(admission, "GROWTH", 1)
             for number, (prompt, answer) in enumerate(sizes):
                 tokens = [zlib.crc32(f"{seed} {i // 9 * (number + 1)} {i}".encode()) % VOCABULARY for i in range(50)]
                 simulation.admit(to_score(str(number), tokens[: prompt + answer], answer))

@@ -34,26 +34,26 @@ def span(name: str, begin: int, end: int) -> stats_pb2.Span:
 @pytest.mark.parametrize("level", LEVELS, ids=stats_pb2.StatsLevel.Name)
 def test_each_level_brings_what_the_lower_ones_do_and_more(observed: Service, level: stats_pb2.StatsLevel) -> None:
     spans = [span("all", 0, 30), span("end", 20, 30)] if level == stats_pb2.STATS_LEVEL_SPANS else []
-    answer = observed.client.stream(text=PROMPT, stop=stop(20), stats=options(level=level, spans=spans))
+    answer = observed.client.stream(text=PROMPT, stop=stop(40), stats=options(level=level, spans=spans))
     tokens = [token for delta in answer.deltas for token in delta.stats]
     assert answer.finished.HasField("stats") == bool(tokens) == (level >= stats_pb2.STATS_LEVEL_TIMING)
     assert {token.HasField("output") for token in tokens} <= {level >= stats_pb2.STATS_LEVEL_OUTPUT}
     if not tokens:
         return
-    assert [token.context_tokens for token in tokens] == list(range(30, 50))
-    assert [token.HasField("gap") for token in tokens] == [False] + [True] * 19
+    assert [token.context_tokens for token in tokens] == list(range(30, 70))
+    assert [token.HasField("gap") for token in tokens] == [False] + [True] * 39
     stats = answer.finished.stats
     assert stats.HasField("mean_surprisal_nats") == (level >= stats_pb2.STATS_LEVEL_OUTPUT)
     has_attention, has_spans = level >= stats_pb2.STATS_LEVEL_ATTENTION, level >= stats_pb2.STATS_LEVEL_SPANS
-    every = 16 if has_spans else 1
-    assert [token.HasField("attention") for token in tokens] == [has_attention and i % every == 0 for i in range(20)]
+    every = 32 if has_spans else 1
+    assert [token.HasField("attention") for token in tokens] == [has_attention and i % every == 0 for i in range(40)]
     assert [group.group for group in stats.attention] == (["early", "middle", "late"] if has_attention else [])
     assert len(stats.band_mass) == (16 if has_attention else 0)
     assert stats.HasField("structure") == stats.HasField("pages_for_95") == has_spans
     assert [(s.name, s.tokens) for s in stats.spans] == ([("all", 30), ("end", 10)] if has_spans else [])
     meta = stats.meta
     assert (meta.definition_version, meta.sink_tokens, meta.recent_tokens, meta.page_tokens) == (1, 4, 64, PAGE)
-    assert (meta.rows_observed, meta.rows_total) == ((2 if has_spans else 20) if has_attention else 0, 20)
+    assert (meta.rows_observed, meta.rows_total) == ((2 if has_spans else 40) if has_attention else 0, 40)
     assert "not an explanation" in meta.caveat
 
 

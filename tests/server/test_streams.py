@@ -99,6 +99,17 @@ def test_a_publication_of_another_thread_reaches_each_open_mailbox() -> None:
     assert run(scenario()) == [[delta("1"), END], [delta("2"), END]]
 
 
+def test_the_courier_ends_with_its_loop() -> None:
+    before = set(threading.enumerate())
+    loop = asyncio.new_event_loop()
+    streams = Streams(loop)
+    (courier,) = set(threading.enumerate()) - before
+    loop.close()
+    streams.publish([])
+    courier.join(WAIT)
+    assert not courier.is_alive()
+
+
 def test_all_closed_waits_for_the_last() -> None:
     async def scenario() -> tuple[bool, bool]:
         streams = Streams(asyncio.get_running_loop())

@@ -1,9 +1,13 @@
-"""TLS on the gRPC port: who is let in, and that certificates are rotated without a restart."""
+"""TLS on both ports: who is let in, and that certificates are rotated without a restart."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
+import ssl
 from collections.abc import Callable
+from http.client import HTTPSConnection
 from pathlib import Path
 
 import grpc
@@ -12,6 +16,8 @@ from typer.testing import CliRunner
 
 from pagestream.server import __main__ as cli
 from pagestream.server.client import Client, Credentials, UnreachableError
+from pagestream.server.http import HttpServer, start_http
+from pagestream.server.metrics import Metrics
 from pagestream.server.tls import TlsFiles, server_credentials
 from tests.support.certificates import Pair, make_pair
 from tests.support.service import Service
@@ -95,3 +101,47 @@ def test_the_command_line_speaks_tls(make_service: MakeService, pairs: dict[str,
     assert CliRunner().invoke(cli.app, with_own).stdout == "hello\n"
     assert CliRunner().invoke(cli.app, command).exit_code == cli.UNREACHABLE
     assert CliRunner().invoke(cli.app, [*command[:-1], "/nowhere"]).exit_code == cli.FAILED
+
+
+def browse(server: HttpServer, authority: Pair, own: Pair | None = None) -> int:
+    """The status of the live page. Raises OSError (ssl.SSLError among it) where no connection can be had."""
+    context = ssl.create_default_context(cafile=authority.cert)
+    if own:
+        context.load_cert_chain(own.cert, own.key)
+    page = HTTPSConnection("localhost", server.port, timeout=20, context=context)
+    try:
+        page.request("GET", "/")
+        response = page.getresponse()
+        return response.status if response.read().endswith(b"</html>\n") else 0
+    finally:
+        page.close()
+
+
+def test_the_http_port_has_the_same_certificate_and_rotates_it(
+    make_metrics: Callable[..., Metrics], pairs: dict[str, Pair], tmp_path: Path
+) -> None:
+    live = Pair(tmp_path / "tls.pem", tmp_path / "tls.key")
+    pairs["of ours"].copy_over(live)
+    server = start_http(0, "127.0.0.1", make_metrics(), TlsFiles(live.cert, live.key))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+        assert browse(server, pairs["ours"]) == 200  # beside one that never begins its handshake
+        plain.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert b"HTTP" not in plain.recv(1000)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        browse(server, pairs["theirs"])
+    pairs["of theirs"].copy_over(live)
+    assert browse(server, pairs["theirs"]) == 200
+    server.close()
+
+
+def test_the_http_port_asks_for_the_same_client_certificates(
+    make_metrics: Callable[..., Metrics], pairs: dict[str, Pair]
+) -> None:
+    own = pairs["of ours"]
+    server = start_http(0, "127.0.0.1", make_metrics(), TlsFiles(own.cert, own.key, client_ca=pairs["theirs"].cert))
+    assert browse(server, pairs["ours"], pairs["of theirs"]) == 200
+    for certificate in (None, own):
+        with pytest.raises(OSError, match=r"alert|reset|EOF|Broken pipe"):
+            browse(server, pairs["ours"], certificate)
+    server.close()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from google.protobuf.message_factory import GetMessageClass
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated.vllm_engine_pb2_grpc import VllmEngineStub
@@ -96,6 +97,24 @@ def test_what_cannot_be_done_is_refused_by_name(stub: VllmEngineStub, field: str
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert field in caught.value.details()
     assert refusal_of(caught.value).reason == "INVALID_FIELD"
+
+
+def test_every_method_of_the_contract_is_answered_or_refused_by_name(service: Service, stub: VllmEngineStub) -> None:
+    """Whatever the published descriptor lists, with an empty message; a generic handler of gRPC would say INTERNAL."""
+    outcomes = {}
+    for method in vllm.DESCRIPTOR.services_by_name["VllmEngine"].methods:
+        asked = GetMessageClass(method.input_type)()
+        try:
+            answer = getattr(stub, method.name)(asked, timeout=WAIT)
+            if method.server_streaming:
+                next(answer)
+                answer.cancel()
+            outcomes[method.name] = True
+        except grpc.RpcError as error:
+            outcomes[method.name] = (error.code().name, refusal_of(error).reason)
+    unsupported = dict.fromkeys(("Embed", "StartProfile", "StopProfile"), ("UNIMPLEMENTED", "UNSUPPORTED"))
+    assert outcomes == dict.fromkeys(outcomes, True) | unsupported | {"Generate": ("INVALID_ARGUMENT", "INVALID_FIELD")}
+    assert len(outcomes) >= 12
 
 
 def test_abort_ends_a_stream_and_frees_its_blocks(service: Service, stub: VllmEngineStub) -> None:

@@ -31,7 +31,7 @@ class ServerProcess:
         self._said = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        address = self.wait_for_log(r"gRPC on (\S+); metrics on http://(\S+)/metrics", START)
+        address = self.wait_for_log(r"gRPC on (\S+); metrics on https?://(\S+)/metrics", START)
         self.address, self.http_address = address[1], address[2]
 
     def _read(self) -> None:

@@ -185,7 +185,8 @@ class Simulation:
         assert plan.num_tokens <= self.token_budget
         kinds = [chunk.is_prefill for chunk in plan.chunks]
         assert kinds == sorted(kinds), "tokens of prompts come last"
-        assert all(chunk.end <= chunk.num_prompt_tokens for chunk in plan.chunks if chunk.is_prefill), "alone"
+        prompts = [chunk for chunk in plan.chunks if chunk.is_prefill]
+        assert all(chunk.end <= chunk.num_prompt_tokens for chunk in prompts), "and among theirs"
 
         result = self.runner.step(plan)
         if plan.chunks and self.steps % 3 == 0:  # as after a fault
@@ -208,6 +209,12 @@ class Simulation:
         self.scheduler.check_integrity()
         assert self.pool.num_free + self.pool.num_cached + self.pool.num_active == self.pool.num_blocks
         assert self.pool.num_references == self.scheduler.num_held_references
+        waiting = self.scheduler.waiting
+        tokens = [(request.tenant, request.num_tokens) for request in waiting]
+        assert Counter(dict.fromkeys(waiting.tenants, 0)) + Counter(t for t, _ in tokens) == {
+            tenant: demand.requests for tenant, demand in waiting.tenants.items()
+        }
+        assert sum(n for _, n in tokens) == sum(demand.tokens for demand in waiting.tenants.values())
 
     def run_to_the_end(self) -> None:
         while self.scheduler.has_work or self.scheduler.paused:

@@ -19,15 +19,17 @@ cudaError_t launch(const AppendParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <typename T>
+cudaError_t launch(const AppendParams& p, cudaStream_t stream) {
+  return p.cache_dtype == DType::kFloat8 ? launch<T, Float8>(p, stream) : launch<T, T>(p, stream);
+}
+
 }  // namespace
 
 const char* run_append(const AppendParams& p, void* stream) {
   if (p.num_tokens == 0) return nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
-  const bool is_float8 = p.cache_dtype == DType::kFloat8;
-  const cudaError_t error = p.dtype == DType::kFloat16 ? launch<Float16, Float16>(p, on)
-                            : is_float8                ? launch<BFloat16, Float8>(p, on)
-                                                       : launch<BFloat16, BFloat16>(p, on);
+  const cudaError_t error = p.dtype == DType::kFloat16 ? launch<Float16>(p, on) : launch<BFloat16>(p, on);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

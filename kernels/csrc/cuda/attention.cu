@@ -1,6 +1,8 @@
 // The attention kernels of one head size: PAGESTREAM_HEAD_SIZE, which also names the exported table.
 #include "attention.h"
 
+#include <atomic>
+
 #include "launch.h"
 #include "statistics.h"
 
@@ -8,6 +10,7 @@ namespace pagestream::gpu {
 namespace {
 
 constexpr int kHeadSize = PAGESTREAM_HEAD_SIZE;
+constexpr int kMaxDevices = 128;  // torch numbers them in 8 bits
 
 template <typename T, typename Cache>
 constexpr int kSharedBytes = AttentionBlock<T, Cache, kHeadSize, NoStatistics>::kSharedBytes;
@@ -19,15 +22,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   AttentionBlock<T, Cache, kHeadSize, Stats>(p, shared).run();
 }
 
+// More than 48 KB must be asked for, and all of it as shared memory: the copies pass L1 by.
 template <typename T, typename Cache, typename Stats>
-cudaError_t allow_shared_memory() {  // more than 48 KB must be asked for, on every device
-  constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  return cudaFuncSetAttribute(attention_kernel<T, Cache, Stats>, kAttribute, kSharedBytes<T, Cache>);
+cudaError_t allow_shared_memory() {
+  const auto kernel = attention_kernel<T, Cache, Stats>;
+  constexpr auto kSize = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, kSize, kSharedBytes<T, Cache>)) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
+template <typename T, typename Cache>
+cudaError_t allow_shared_memory() {
+  const cudaError_t error = allow_shared_memory<T, Cache, NoStatistics>();
+  return error == cudaSuccess ? allow_shared_memory<T, Cache, Statistics>() : error;
+}
+
+template <typename T>
+cudaError_t allow_shared_memory() {
+  const cudaError_t error = allow_shared_memory<T, T>();
+  return error == cudaSuccess ? allow_shared_memory<T, Float8>() : error;
 }
 
 template <typename T, typename Cache, typename Stats>
 cudaError_t launch(const GpuParams& p, cudaStream_t stream) {
-  if (const cudaError_t error = allow_shared_memory<T, Cache, Stats>()) return error;
   attention_kernel<T, Cache, Stats><<<p.workspace.max_blocks, kThreads, kSharedBytes<T, Cache>, stream>>>(p);
   return cudaGetLastError();
 }
@@ -38,24 +55,31 @@ cudaError_t launch(const GpuParams& p, cudaStream_t stream) {
   return with_statistics ? launch<T, Cache, Statistics>(p, stream) : launch<T, Cache, NoStatistics>(p, stream);
 }
 
+template <typename T>
+cudaError_t launch(const GpuParams& p, cudaStream_t stream) {
+  return p.cache_dtype == DType::kFloat8 ? launch<T, Float8>(p, stream) : launch<T, T>(p, stream);
+}
+
 const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 const char* run(const GpuParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (p.query_dtype == DType::kFloat16) return message(launch<Float16, Float16>(p, on));
-  return message(p.cache_dtype == DType::kFloat8 ? launch<BFloat16, Float8>(p, on) : launch<BFloat16, BFloat16>(p, on));
+  return message(p.query_dtype == DType::kFloat16 ? launch<Float16>(p, on) : launch<BFloat16>(p, on));
 }
 
 // Of the largest kernel: one plan serves layers with and without statistics, and e4m3 tiles are no larger.
 const char* count_blocks(int device, int* blocks) {
   using T = BFloat16;
+  static std::atomic<int> known[kMaxDevices];
+  if ((*blocks = known[device]) > 0) return nullptr;
   int multiprocessors = 0, resident = 0;
   cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = allow_shared_memory<T, T, Statistics>();
+  if (error == cudaSuccess) error = allow_shared_memory<BFloat16>();
+  if (error == cudaSuccess) error = allow_shared_memory<Float16>();
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, attention_kernel<T, T, Statistics>, kThreads,
                                                           kSharedBytes<T, T>);
-  *blocks = multiprocessors * resident;
+  if (error == cudaSuccess) known[device] = *blocks = multiprocessors * resident;
   return message(error);
 }
 

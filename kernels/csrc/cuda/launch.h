@@ -8,7 +8,8 @@ namespace pagestream::gpu {
 
 // One build of attention.cu, for one head size.
 struct AttentionLauncher {
-  // The blocks that the device holds at once: the grid, and what plans are for.
+  // The blocks that the device holds at once: the grid, and what plans are for. The first call for a device, which must
+  // be its current one, also loads the kernels and asks for their shared memory: `run` counts on it.
   const char* (*count_blocks)(int device, int* blocks);
   const char* (*run)(const GpuParams&, void* stream);
 };

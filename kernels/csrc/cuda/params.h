@@ -27,12 +27,13 @@ struct Plan {
 };
 
 // One allocation: Plan, then per block Start, arrival counter, and two parts of kWideRows rows (a block shares at most
-// its first and its last row block with others).
+// its first and its last row block with others), then the masses of slices where pages hold several.
 struct Workspace {
   Plan* plan;
   Start* starts;
   int32_t* arrivals;  // [i]: blocks that finished their part of the row block that crosses the end of block i's range
   float* parts;       // [block][first or last][kWideRows][kStateFloats + D]
+  float* slices;      // GpuParams::slice_masses
   int32_t max_blocks;
 
   static constexpr int64_t kHeaderFloats = 4;
@@ -42,11 +43,12 @@ struct Workspace {
   }
 
   Workspace() = default;
-  Workspace(float* memory, int32_t blocks) {
+  Workspace(float* memory, int32_t blocks, int64_t head_size) {
     plan = reinterpret_cast<Plan*>(memory);
     starts = reinterpret_cast<Start*>(memory + kHeaderFloats);
     arrivals = reinterpret_cast<int32_t*>(memory + kHeaderFloats + 4 * int64_t{blocks});
     parts = memory + kHeaderFloats + 8 * int64_t{blocks};
+    slices = memory + floats(blocks, head_size);
     max_blocks = blocks;
   }
 };

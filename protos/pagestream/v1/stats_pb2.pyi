@@ -72,7 +72,7 @@ class StatsOptions(_message.Message):
     level: Global___StatsLevel.ValueType
     """level includes all lower ones. Unspecified: OFF."""
     attention_every: _builtins.int
-    """attention_every observes attention in every so many decoded tokens. Default 1 for ATTENTION, 16 for SPANS. At
+    """attention_every observes attention in every so many decoded tokens. Default 1 for ATTENTION, 32 for SPANS. At
     most 4096.
     """
     @_builtins.property

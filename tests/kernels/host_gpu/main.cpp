@@ -41,7 +41,7 @@ class Array {
 };
 
 struct Sizes {
-  int64_t command, seed, num_blocks, cache_dtype, num_sequences, num_heads, num_kv_heads, head_size, page_size;
+  int64_t command, seed, num_blocks, dtype, cache_dtype, num_sequences, num_heads, num_kv_heads, head_size, page_size;
   int64_t max_pages, window;
   int64_t query_token_stride, query_head_stride, page_stride, head_stride;
   double scale;  // append: epsilon
@@ -68,7 +68,7 @@ void attend(const GpuParams& p, uint32_t seed) {
 }
 
 template <typename T, typename Cache>
-void attend(const GpuParams& p, uint32_t seed) {
+void attend_as(const GpuParams& p, uint32_t seed) {
   switch (p.head_size) {
     case 64: return attend<T, Cache, 64>(p, seed);
     case 80: return attend<T, Cache, 80>(p, seed);
@@ -76,6 +76,11 @@ void attend(const GpuParams& p, uint32_t seed) {
     case 128: return attend<T, Cache, 128>(p, seed);
     default: std::exit(2);
   }
+}
+
+template <typename T>
+void attend_as(const GpuParams& p, uint32_t seed) {
+  p.cache_dtype == DType::kFloat8 ? attend_as<T, Float8>(p, seed) : attend_as<T, T>(p, seed);
 }
 
 // Every segment of every block, as seven int64: block, sequence, KV head, row block, tile, tiles, tiles of the row
@@ -113,14 +118,21 @@ GpuParams params_of(const Sizes& sizes) {
   p.window = static_cast<int32_t>(sizes.window);
   p.scale = static_cast<float>(sizes.scale);
   p.page_shift = shift_of(sizes.page_size);
+  p.query_dtype = static_cast<DType>(sizes.dtype);
+  p.cache_dtype = static_cast<DType>(sizes.cache_dtype);
   return p;
 }
 
 template <typename T, typename Cache>
-void append(const AppendParams& p, uint32_t seed) {
+void append_as(const AppendParams& p, uint32_t seed) {
   const int warps = p.num_tokens * (p.num_heads + 2 * p.num_kv_heads);
   const int blocks = (warps * kWarpSize + kAppendThreads - 1) / kAppendThreads;
   launch(blocks, kAppendThreads, 0, seed, [&](unsigned char*) { AppendWarp<T, Cache>(p).run(); });
+}
+
+template <typename T>
+void append_as(const AppendParams& p, uint32_t seed) {
+  p.cache_dtype == DType::kFloat8 ? append_as<T, Float8>(p, seed) : append_as<T, T>(p, seed);
 }
 
 // num_sequences stands for tokens, max_pages for pages, query strides for those of the heads.
@@ -147,12 +159,10 @@ void serve_append(const Sizes& sizes) {
   p.num_pages = static_cast<int32_t>(sizes.max_pages);
   p.page_size = static_cast<int32_t>(sizes.page_size);
   p.epsilon = static_cast<float>(sizes.scale);
+  p.dtype = static_cast<DType>(sizes.dtype);
+  p.cache_dtype = static_cast<DType>(sizes.cache_dtype);
   const auto seed = static_cast<uint32_t>(sizes.seed);
-  switch (static_cast<DType>(sizes.cache_dtype)) {
-    case DType::kBFloat16: append<BFloat16, BFloat16>(p, seed); break;
-    case DType::kFloat16: append<Float16, Float16>(p, seed); break;
-    default: append<BFloat16, Float8>(p, seed);
-  }
+  p.dtype == DType::kFloat16 ? append_as<Float16>(p, seed) : append_as<BFloat16>(p, seed);
   heads.send();
   keys.send();
   values.send();
@@ -161,11 +171,11 @@ void serve_append(const Sizes& sizes) {
 void serve(const Sizes& sizes) {
   if (sizes.command == kAppend) return serve_append(sizes);
   Array starts, lengths, workspace, query, keys, values, key_scales, value_scales, tables;
-  Array out, stats, page_masses, slice_masses;
+  Array out, stats, page_masses;
   GpuParams p = params_of(sizes);
   p.query_starts = starts.as<int32_t>();
   p.context_lengths = lengths.as<int32_t>();
-  p.workspace = Workspace(workspace.as<float>(), static_cast<int32_t>(sizes.num_blocks));
+  p.workspace = Workspace(workspace.as<float>(), static_cast<int32_t>(sizes.num_blocks), sizes.head_size);
   p.query = query.as<void>();
   p.key_cache = keys.as<void>();
   p.value_cache = values.as<void>();
@@ -175,18 +185,14 @@ void serve(const Sizes& sizes) {
   p.out = out.as<void>();
   p.stats = stats.as<float>();
   p.page_masses = page_masses.as<float>();
-  p.slice_masses = sizes.page_size == kSliceKeys ? p.page_masses : slice_masses.as<float>();
+  p.slice_masses = sizes.page_size == kSliceKeys ? p.page_masses : p.workspace.slices;
   const auto seed = static_cast<uint32_t>(sizes.seed);
   plan(p, seed);
   if (sizes.command == kPlan) return send_segments(p);
   // Twice, as two layers of a step would: the counters must be ready for the second.
   for (uint32_t layer = 0; layer < 2; ++layer) {
-    for (Array* output : {&out, &stats, &page_masses, &slice_masses}) output->poison();
-    switch (static_cast<DType>(sizes.cache_dtype)) {
-      case DType::kBFloat16: attend<BFloat16, BFloat16>(p, seed + layer); break;
-      case DType::kFloat16: attend<Float16, Float16>(p, seed + layer); break;
-      default: attend<BFloat16, Float8>(p, seed + layer);
-    }
+    for (Array* output : {&out, &stats, &page_masses}) output->poison();
+    p.query_dtype == DType::kFloat16 ? attend_as<Float16>(p, seed + layer) : attend_as<BFloat16>(p, seed + layer);
   }
   out.send();
   stats.send();

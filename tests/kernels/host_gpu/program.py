@@ -22,7 +22,7 @@ CSRC = HERE.parents[2] / "kernels" / "csrc"
 FLAGS = ("-std=c++17", "-O1", "-g", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PLAN, ATTENTION, APPEND = 0, 1, 2
-CACHE_DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}  # csrc/params.h
+DTYPES = {torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 4}  # csrc/params.h
 WORKSPACE_HEADER, PART_ROWS, PART_STATE = 4, 64, 8  # csrc/cuda/params.h
 
 
@@ -55,9 +55,9 @@ class HostGpu:
         seed: int = 0,
     ) -> list[tuple[int, ...]]:
         """The plan: (block, sequence, KV head, row block, tile, tiles, tiles of the row block) in order."""
-        sizes = (PLAN, seed, num_blocks, 0, len(lengths), *heads, 64, 64, 1, window, 0, 0, 0, 0)
+        sizes = (PLAN, seed, num_blocks, 0, 0, len(lengths), *heads, 64, 64, 1, window, 0, 0, 0, 0)
         integers = [torch.tensor(x, dtype=torch.int32) for x in (query_starts, lengths)]
-        self._send(sizes, 1.0, [*integers, _workspace(num_blocks, 64), *[None] * 10])
+        self._send(sizes, 1.0, [*integers, _workspace(num_blocks, 64), *[None] * 9])
         (count,) = struct.unpack("q", self._receive(8))
         if count == 0:
             return []
@@ -83,7 +83,8 @@ class HostGpu:
             ATTENTION,
             seed,
             num_blocks,
-            CACHE_DTYPES[cache.dtype],
+            DTYPES[query.dtype],
+            DTYPES[cache.dtype],
             len(batch.context_lengths),
             heads,
             cache.shape[1],
@@ -94,10 +95,10 @@ class HostGpu:
             torch.full((tokens, heads, 5), float("nan")) if stats else None,
             torch.full((tokens, heads, max_pages), float("nan")) if page_masses else None,
         ]
-        slices = torch.full((tokens, heads, max_pages * page_size // 16), float("nan")) if page_masses else None
-        integers = (batch.query_starts, batch.context_lengths, _workspace(num_blocks, head_size))
+        slices = tokens * heads * max_pages * (page_size // 16) if page_masses and page_size > 16 else 0
+        integers = (batch.query_starts, batch.context_lengths, _workspace(num_blocks, head_size, slices))
         inputs = (_storage(query), _storage(cache), _storage(batch.value_cache), *scales, batch.block_tables)
-        self._send(sizes, batch.scale, [*integers, *inputs, *outputs, slices])
+        self._send(sizes, batch.scale, [*integers, *inputs, *outputs])
         for output in outputs:
             if output is not None and output.numel():
                 raw = bytearray(self._receive(output.nbytes))
@@ -119,8 +120,17 @@ class HostGpu:
     ) -> None:
         """The append kernel, in place as the operator does it; heads and caches are contiguous."""
         pages, kv_heads, page_size, head_size = caches[0].shape
-        sizes = (APPEND, seed, 0, CACHE_DTYPES[caches[0].dtype], len(heads), heads.shape[1] - 2 * kv_heads, kv_heads)
-        sizes += (head_size, page_size, pages, 0, *heads.stride()[:2], *caches[0].stride()[:2])
+        sizes = (APPEND, seed, 0, DTYPES[heads.dtype], DTYPES[caches[0].dtype], len(heads))
+        sizes += (
+            heads.shape[1] - 2 * kv_heads,
+            kv_heads,
+            head_size,
+            page_size,
+            pages,
+            0,
+            *heads.stride()[:2],
+            *caches[0].stride()[:2],
+        )
         self._send(sizes, epsilon, [heads, cos, signed_sin, norm_weight, *caches, slots, *scales])
         for tensor in (heads, *caches):
             raw = bytearray(self._receive(tensor.nbytes))
@@ -128,7 +138,7 @@ class HostGpu:
 
     def _send(self, sizes: tuple[int, ...], scale: float, arrays: list[Tensor | None]) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(struct.pack("15qd", *sizes, scale))
+        self._process.stdin.write(struct.pack("16qd", *sizes, scale))
         for array in arrays:
             raw = b"" if array is None else array.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             self._process.stdin.write(struct.pack("q", len(raw)) + raw)
@@ -141,10 +151,10 @@ class HostGpu:
         return raw
 
 
-def _workspace(num_blocks: int, head_size: int) -> Tensor:
+def _workspace(num_blocks: int, head_size: int, slices: int = 0) -> Tensor:
     """Full of NaN: the plan kernel must write all that is read."""
     parts = 2 * PART_ROWS * (PART_STATE + head_size)
-    return torch.full((WORKSPACE_HEADER + num_blocks * (8 + parts),), float("nan"))
+    return torch.full((WORKSPACE_HEADER + num_blocks * (8 + parts) + slices,), float("nan"))
 
 
 def _storage(tensor: Tensor) -> Tensor:

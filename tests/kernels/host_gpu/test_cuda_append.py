@@ -9,10 +9,14 @@ import pytest
 import torch
 
 PAGES, PAGE_SIZE, TOKENS = 5, 16, 9
-CASES = [
-    *itertools.product((torch.bfloat16, torch.float16), (64, 80, 96, 128), (False, True)),
-    *itertools.product((torch.float8_e4m3fn,), (64, 80, 96, 128), (False, True)),
-]
+FLOAT8 = torch.float8_e4m3fn
+DTYPES = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, FLOAT8),
+    (torch.float16, FLOAT8),
+]  # of heads and cache
+CASES = [(*dtypes, *rest) for dtypes, *rest in itertools.product(DTYPES, (64, 80, 96, 128), (False, True))]
 
 
 def expected_rotation(heads, cos, signed_sin, norm_weight, epsilon):
@@ -24,23 +28,23 @@ def expected_rotation(heads, cos, signed_sin, norm_weight, epsilon):
     return x * angle_cos + np.roll(x, x.shape[-1] // 2, axis=-1) * angle_sin
 
 
-def inputs(dtype, head_size, *, norm):
+def inputs(dtype, cache_dtype, head_size, *, norm):
     torch.manual_seed(head_size)
     angles = torch.rand(TOKENS, head_size // 2) * 100
     cos = torch.cat((angles.cos(), angles.cos()), -1)
     signed_sin = torch.cat((-angles.sin(), angles.sin()), -1)
-    heads = torch.randn(TOKENS, 6 + 2 * 2, head_size).to(torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype)
+    heads = torch.randn(TOKENS, 6 + 2 * 2, head_size).to(dtype)
     weight = torch.rand(6 + 2, head_size).to(heads.dtype) if norm else None
-    caches = tuple(torch.full((PAGES, 2, PAGE_SIZE, head_size), float("nan")).to(dtype) for _ in range(2))
+    caches = tuple(torch.full((PAGES, 2, PAGE_SIZE, head_size), float("nan")).to(cache_dtype) for _ in range(2))
     slots = torch.randperm(PAGES * PAGE_SIZE)[:TOKENS]
     return heads, cos, signed_sin, weight, caches, slots
 
 
-@pytest.mark.parametrize(("dtype", "head_size", "norm"), CASES)
-def test_equals_float64(host_gpu, helpers, dtype, head_size, norm):
-    heads, cos, signed_sin, weight, caches, slots = inputs(dtype, head_size, norm=norm)
+@pytest.mark.parametrize(("dtype", "cache_dtype", "head_size", "norm"), CASES)
+def test_equals_float64(host_gpu, helpers, dtype, cache_dtype, head_size, norm):
+    heads, cos, signed_sin, weight, caches, slots = inputs(dtype, cache_dtype, head_size, norm=norm)
     original, slots[3] = heads.clone(), -1  # padding: rotated, not stored
-    scales = (torch.tensor([0.02, 0.05]), torch.tensor([0.01, 0.5])) if dtype == torch.float8_e4m3fn else (None, None)
+    scales = (torch.tensor([0.02, 0.05]), torch.tensor([0.01, 0.5])) if cache_dtype == FLOAT8 else (None, None)
     host_gpu.append(heads, cos, signed_sin, caches, slots, norm_weight=weight, epsilon=1e-5, scales=scales)
     rotated = expected_rotation(original[:, :8], cos, signed_sin, weight, 1e-5)
     rounding = 2.0**-8 if heads.dtype == torch.bfloat16 else 2.0**-11
@@ -75,13 +79,13 @@ def test_float8_rounds_as_torch_does(host_gpu):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
-def test_operator_on_the_cpu_agrees(host_gpu, helpers, dtype, norm):
+@pytest.mark.parametrize(("dtype", "cache_dtype"), DTYPES, ids=str)
+def test_operator_on_the_cpu_agrees(host_gpu, helpers, dtype, cache_dtype, norm):
     """`append_kv` without a GPU runs the reference: the two implementations of one contract."""
     from pagestream.kernels import append_kv
 
-    heads, cos, signed_sin, weight, caches, slots = inputs(dtype, 64, norm=norm)
-    scales = (torch.tensor([0.02, 0.05]), torch.tensor([0.01, 0.5])) if dtype == torch.float8_e4m3fn else (None, None)
+    heads, cos, signed_sin, weight, caches, slots = inputs(dtype, cache_dtype, 64, norm=norm)
+    scales = (torch.tensor([0.02, 0.05]), torch.tensor([0.01, 0.5])) if cache_dtype == FLOAT8 else (None, None)
     ours, our_caches = heads.clone(), tuple(c.clone() for c in caches)
     host_gpu.append(ours, cos, signed_sin, our_caches, slots, norm_weight=weight, epsilon=1e-5, scales=scales)
     append_kv(
@@ -98,8 +102,8 @@ def test_operator_on_the_cpu_agrees(host_gpu, helpers, dtype, norm):
     step = {
         torch.bfloat16: 2.0**-7,
         torch.float16: 2.0**-10,
-        torch.float8_e4m3fn: 2.0**-3,
+        FLOAT8: 2.0**-3,
     }  # one unit in the last place
     torch.testing.assert_close(ours.float(), heads.float(), rtol=step[heads.dtype], atol=1e-6)
     for our_cache, cache in zip(our_caches, caches, strict=True):
-        torch.testing.assert_close(our_cache.float(), cache.float(), rtol=step[dtype], atol=2e-3, equal_nan=True)
+        torch.testing.assert_close(our_cache.float(), cache.float(), rtol=step[cache_dtype], atol=2e-3, equal_nan=True)

@@ -11,13 +11,17 @@ import torch
 LENGTHS = (1, 15, 16, 17, 63, 64, 65, 130)
 BATCHES = {
     "decode": [(1, n) for n in LENGTHS],
-    "mixed": [(1, 200), (17, 17), (0, 40), (1, 1), (64, 65), (3, 130)],
+    "mixed": [(1, 200), (17, 17), (0, 40), (0, 0), (1, 1), (64, 65), (3, 130)],
     "chunk": [(70, 150)],
 }
 HEADS = ((2, 2), (6, 2), (8, 1))
 CASES = [
     *itertools.product(BATCHES, (torch.bfloat16, torch.float16), (64, 80, 96, 128), HEADS, (16, 64)),
     *itertools.product(("mixed",), (torch.bfloat16,), (64, 128), HEADS, (32, 128)),
+]
+FLOAT8_CASES = [
+    *itertools.product(BATCHES, (torch.bfloat16, torch.float16), (64, 80, 96, 128), (16, 64)),
+    *itertools.product(("mixed",), (torch.bfloat16, torch.float16), (64, 128), (32, 128)),
 ]
 WINDOWS = [*itertools.product(BATCHES, (1, 20, 64, 500), (16, 128))]
 
@@ -71,6 +75,21 @@ def test_statistics_change_no_bit(host_gpu, helpers, rows, page_size):
     assert not off.isnan().any()
 
 
+@pytest.mark.parametrize("is_float8", [False, True])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_kernel_without_statistics_gives_the_same_bits(host_gpu, helpers, dtype, head_size, is_float8):
+    options = {"dtype": dtype, "head_size": head_size}
+    rows = [(1, 130), (20, 70)]
+    batch, scales = helpers.random_batch(rows, **options), (None, None)
+    if is_float8:
+        batch, scales = helpers.float8_batch(rows, 0.02, 0.3, **options)
+    off, *_ = host_gpu.attend(batch, stats=False, page_masses=False, scales=scales)
+    on, *_ = host_gpu.attend(batch, stats=True, page_masses=True, scales=scales)
+    assert torch.equal(off, on)
+    assert not off.isnan().any()
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
 def test_flat_and_peaked_weights(host_gpu, helpers, scale):
     """Scale 30 makes scores of several hundred: weights of all but one key vanish, and shifts move by hundreds."""
@@ -95,12 +114,10 @@ def test_scores_that_grow_along_the_sequence(host_gpu, helpers):
     check(host_gpu, helpers, batch)
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128])
-@pytest.mark.parametrize("rows", BATCHES)
-def test_float8_cache_equals_float64(host_gpu, helpers, rows, head_size, page_size):
+@pytest.mark.parametrize(("rows", "dtype", "head_size", "page_size"), FLOAT8_CASES)
+def test_float8_cache_equals_float64(host_gpu, helpers, rows, dtype, head_size, page_size):
     """Products are of fp16, which holds e4m3 exactly, so only weights and the query's smallest bits are rounded."""
-    options = {"head_size": head_size, "page_size": page_size}
+    options = {"dtype": dtype, "head_size": head_size, "page_size": page_size}
     batch, scales = helpers.float8_batch(BATCHES[rows], 0.02, 0.3, **options)
     check(host_gpu, helpers, batch, scales=scales)
 
