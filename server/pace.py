@@ -37,6 +37,5 @@ class Pace:
         return max(int(tokens), MIN_PROMPT_TOKENS)
 
     def seconds_for_prompts(self, decodes: Work) -> float:
-        """Of a step, beside these decodes; a third of it where the rest leaves less below the target."""
-        rest = self.model.step_seconds(decodes)
-        return max(self._target_gap - rest, rest / 2)
+        """Of a step, beside these decodes; a third of the time where the target is out of reach."""
+        return max(self._target_gap - self.model.step_seconds(decodes), self.model.predict(decodes) / 2)
