@@ -174,8 +174,10 @@ class Simulation:
         chosen = [chunk.request_id for chunk in plan.chunks]
         assert bool(chosen) == bool(live), "work waits or runs, so the plan is not empty"
         if live:
-            # One that comes back from a pause may find the places taken by younger ones.
-            contenders = self.scheduler.running if self.events["resumed"] else live
+            # One that comes back from a pause may find the places taken by younger ones; so may one that starts after
+            # a younger one of another tenant, whose turn it was.
+            turns = len({request.tenant for request in live}) > 1
+            contenders = self.scheduler.running if self.events["resumed"] or turns else live
             oldest = min(contenders, key=lambda request: request.arrival)
             assert oldest.request_id in chosen, "the oldest request makes progress in every step"
         assert len(set(chosen)) == len(chosen) <= self.max_running
