@@ -27,6 +27,8 @@ class Timer {
   const std::chrono::steady_clock::time_point begin_;
 };
 
+int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 int64_t widest(const DecoderModel& m) {
   return std::max({m.hidden_size, m.intermediate_size, m.num_heads * m.head_size});
 }
@@ -49,8 +51,11 @@ class Decoder {
     int64_t floats = 0;
     for (int64_t width : widths) floats += rows_ * width;
     const int64_t quantized = quantized_bytes(rows_, prefill_rows_, widest(m_) / kGroup);
-    quantized_ = thread_buffer<DecoderScratch>(quantized + floats * int64_t{sizeof(float)});
-    float* next = reinterpret_cast<float*>(quantized_ + quantized);
+    const int64_t gated = quantized_bytes(rows_, prefill_rows_, m_.intermediate_size / kGroup);
+    const int64_t inputs = whole_lines(quantized) + whole_lines(gated);
+    quantized_ = thread_buffer<DecoderScratch>(inputs + floats * int64_t{sizeof(float)});
+    gated_ = quantized_ + whole_lines(quantized);
+    float* next = reinterpret_cast<float*>(quantized_ + inputs);
     for (size_t i = 0; i < std::size(widths); next += rows_ * widths[i++]) *buffers[i] = next;
     if (s_.observation != nullptr) observer_.emplace(*s_.observation, s_.attention, m_.num_layers);
   }
@@ -61,21 +66,20 @@ class Decoder {
     for (int64_t l = 0; l < m_.num_layers; ++l) {
       const DecoderLayer& layer = m_.layers()[l];
       norm(l == 0 ? nullptr : delta_, bias, layer.attention_norm, layer.query_key_value);
-      multiply_rows(layer.query_key_value, heads_, heads_width_);
+      multiply_rows(layer.query_key_value, quantized_, heads_, heads_width_);
       append_and_attend(layer, l);
       if (l == m_.num_layers - 1) keep_sampled_rows();
-      const LinearParams attended = input(layer.attention_output, attended_, attended_width_);
+      const LinearParams attended = input(layer.attention_output, quantized_, attended_, attended_width_);
       for_rows(attended_width_, [&](int64_t row) { kernels_.linear->quantize(attended, row, row + 1); });
-      multiply_rows(layer.attention_output, delta_, m_.hidden_size);
+      multiply_rows(layer.attention_output, quantized_, delta_, m_.hidden_size);
       norm(delta_, layer.attention_output.bias, layer.mlp_norm, layer.gate_up);
-      multiply_rows(layer.gate_up, gate_up_, 2 * m_.intermediate_size);
-      gate(layer);
-      multiply_rows(layer.down, delta_, m_.hidden_size);
+      multiply_and_gate(layer);
+      multiply_rows(layer.down, gated_, delta_, m_.hidden_size);
       bias = layer.down.bias;
     }
     prefill_rows_ = 0;
     norm(delta_, bias, m_.norm, m_.lm_head);
-    multiply_rows(m_.lm_head, s_.logits, m_.vocab_size);
+    multiply_rows(m_.lm_head, quantized_, s_.logits, m_.vocab_size);
   }
 
  private:
@@ -87,8 +91,8 @@ class Decoder {
     });
   }
 
-  // The rows of a product as they are read and, once quantised, kept.
-  LinearParams input(const DecoderMatrix& matrix, const float* from, int64_t stride) const {
+  // The rows of a product as they are read and, once quantised, kept in `memory`.
+  LinearParams input(const DecoderMatrix& matrix, char* memory, const float* from, int64_t stride) const {
     LinearParams p = {};
     p.weight = matrix.parts[0].weight;
     p.input = from;
@@ -96,20 +100,22 @@ class Decoder {
     p.rows = rows_;
     p.prefill_rows = prefill_rows_;
     p.dtype = DType::kFloat32;
-    place_quantized(p, quantized_);
+    place_quantized(p, memory);
     return p;
   }
 
-  void multiply_rows(const DecoderMatrix& matrix, float* out, int64_t stride) const {
+  void multiply_rows(const DecoderMatrix& matrix, char* quantized, float* out, int64_t stride,
+                     int8_t* gated = nullptr) const {
     LinearParams parts[kMaxParts];
     int count = 0;
     for (const DecoderPart& part : matrix.parts) {
       if (part.outputs == 0) break;
-      LinearParams& p = parts[count++] = input(matrix, nullptr, 0);
+      LinearParams& p = parts[count++] = input(matrix, quantized, nullptr, 0);
       p.weight = part.weight;
       p.outputs = part.outputs;
       p.out = out;
       p.out_stride = stride;
+      p.gated = gated;
       out += part.outputs;
     }
     const Timer timer(s_.seconds[1]);
@@ -131,7 +137,7 @@ class Decoder {
   // hidden += delta + bias, where there are any; its norm, quantised, becomes the input of `next`.
   void norm(const float* delta, const float* bias, const float* weight, const DecoderMatrix& next) {
     const int64_t width = m_.hidden_size;
-    const LinearParams normed = input(next, delta_, width);
+    const LinearParams normed = input(next, quantized_, delta_, width);
     for_rows(width, [&](int64_t row) {
       float* hidden = hidden_ + row * width;
       if (delta != nullptr) kernels_.rows->add(hidden, delta + row * width, width);
@@ -204,10 +210,15 @@ class Decoder {
     }
   }
 
-  void gate(const DecoderLayer& layer) {
+  // The inputs of `down`. Prompt rows of one plain product pass silu on the way out: written and read again, their
+  // gates would leave the caches.
+  void multiply_and_gate(const DecoderLayer& layer) {
     const int64_t width = m_.intermediate_size;
-    const LinearParams gated = input(layer.down, gate_up_, 2 * width);
+    const LinearParams gated = input(layer.down, gated_, gate_up_, 2 * width);
+    const bool is_plain = layer.gate_up.bias == nullptr && layer.gate_up.parts[1].outputs == 0;
+    multiply_rows(layer.gate_up, quantized_, gate_up_, 2 * width, is_plain ? prefill_x(gated) : nullptr);
     for_rows(2 * width, [&](int64_t row) {
+      if (is_plain && row >= rows_ - prefill_rows_) return;
       float* gate = gate_up_ + row * 2 * width;
       if (layer.gate_up.bias != nullptr) kernels_.rows->add(gate, layer.gate_up.bias, 2 * width);
       kernels_.rows->gate(gate, gate + width, width);
@@ -222,7 +233,7 @@ class Decoder {
   int64_t rows_, prefill_rows_;
   int64_t heads_width_, attended_width_;
   float *hidden_, *delta_, *heads_, *attended_, *gate_up_, *cos_, *sin_;
-  char* quantized_;
+  char *quantized_, *gated_;  // inputs of products; of `down`, written while gate_up's are read
   std::vector<std::pair<int32_t, Plan>> plans_;
   std::optional<Observer> observer_;
 };

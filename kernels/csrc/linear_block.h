@@ -40,7 +40,7 @@ inline LinearParams prefill_rows(LinearParams p) {
   const int64_t before = p.rows - p.prefill_rows, element = p.dtype == DType::kFloat32 ? 4 : 2;
   p.input = static_cast<const char*>(p.input) + before * p.input_stride * element;
   p.out = static_cast<char*>(p.out) + before * p.out_stride * element;
-  p.x += pagestream::tiled_rows(before) * p.weight.groups * kGroupBytes;
+  p.x = pagestream::prefill_x(p);
   p.rows = p.prefill_rows;
   return p;
 }

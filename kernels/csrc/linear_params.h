@@ -32,6 +32,9 @@ struct LinearParams {
                     // then bfloat16 [ceil(P / 16), groups, 16, 32]
   float* x_sums;    // [T, groups, h]: sum of the integers
   float* x_scales;  // [T, spans, h], spans = ceil(groups / 8)
+  // Where there is one, prompt rows leave nothing in `out` but, here, silu(first half) * second half of their outputs,
+  // as another product's prefill_x(): N is a multiple of 64 then, and blocks are run in pairs.
+  int8_t* gated = nullptr;
 };
 
 static inline int64_t count_spans(int64_t groups) { return (groups + kSpanGroups - 1) / kSpanGroups; }
@@ -40,6 +43,11 @@ static inline int64_t count_spans(int64_t groups) { return (groups + kSpanGroups
 static inline int64_t tiled_rows(int64_t rows) {
   const int64_t height = rows < kTileRows ? rows : kTileRows;
   return height == 0 ? 0 : (rows + height - 1) / height * height;
+}
+
+// The prompt rows of x.
+static inline int8_t* prefill_x(const LinearParams& p) {
+  return p.x + tiled_rows(p.rows - p.prefill_rows) * p.weight.groups * kGroupBytes;
 }
 
 static inline int64_t whole_tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows * kTileRows; }

@@ -50,16 +50,16 @@ struct Widened {
     constexpr int kMask = ((1 << kBits) - 1) << kShift, kAnd = 0xf0, kB = 0xcc, kC = 0xaa;
     const __m512i placed = kFrom < kShift ? _mm512_slli_epi32(codes, kShift > kFrom ? kShift - kFrom : 0)
                                           : _mm512_srli_epi32(codes, kFrom > kShift ? kFrom - kShift : 0);
-    const __m512i one = (__m512i)_mm512_set1_ps(kOne);
-    return _mm512_fmadd_ps((__m512)_mm512_ternarylogic_epi32(placed, _mm512_set1_epi32(kMask), one, (kAnd & kB) | kC), scale,
-                           base);
+    const __m512i one = (__m512i)_mm512_set1_ps(kOne), mask = _mm512_set1_epi32(kMask);
+    const __m512 raised = (__m512)_mm512_ternarylogic_epi32(placed, mask, one, (kAnd & kB) | kC);
+    return _mm512_fmadd_ps(raised, scale, base);
   }
 
   // Two neighbouring inputs, at bits kFrom and kFrom + 8, as pairs of every output.
   template <int kFrom>
   void store_pair(__m512i codes, uint8_t* to) const {
-    const __m512i kInterleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                                 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i kInterleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512bh both = _mm512_cvtne2ps_pbh(weight<kFrom + 8>(codes), weight<kFrom>(codes));
     _mm512_store_si512(to, _mm512_permutexvar_epi16(kInterleave, (__m512i)both));
   }
@@ -117,31 +117,10 @@ inline void store_sums(float (*sums)[kPanel][kTileFloats]) {
   if constexpr (kTiles == 2) store_tile<3>(sums[1][1], kQuadBytes);
 }
 
-// Where the outputs of two tiles of rows will be written: their lines come while the product is under way, else every
-// store would wait for the last-level cache.
-class OutputLines {
- public:
-  OutputLines(const LinearParams& p, int64_t block, int64_t tile)
-      : stride_(p.out_stride * (p.dtype == DType::kFloat32 ? 4 : 2)),
-        at_(static_cast<const char*>(p.out) + tile * kTileRows * stride_ + block * kBlockOutputs * (p.dtype == DType::kFloat32 ? 4 : 2)) {}
-
-  void fetch_row() {
-    __asm__ volatile("prefetchw %0" : : "m"(at_[0]));
-    __asm__ volatile("prefetchw %0" : : "m"(at_[64]));
-    at_ += stride_;
-  }
-
- private:
-  int64_t stride_;
-  const char* at_;
-};
-
 // One or two tiles of rows, `stride` bytes apart, by both blocks.
 template <int kTiles>
-inline void multiply_panel(const uint8_t* x, int64_t stride, int64_t groups, const PanelScratch& scratch, OutputLines lines) {
-  int64_t fetched = 0;
+inline void multiply_panel(const uint8_t* x, int64_t stride, int64_t groups, const PanelScratch& scratch) {
   for (int64_t g = 0; g < groups; ++g, x += kTileBytes16) {
-    for (; fetched < kTiles * kTileRows * (g + 1) / groups; ++fetched) lines.fetch_row();
     load_tile<4>(x, kGroupBytes);
     load_tile<6>(scratch.weights[0][g], kQuadBytes);
     load_tile<7>(scratch.weights[1][g], kQuadBytes);
@@ -155,9 +134,28 @@ inline void multiply_panel(const uint8_t* x, int64_t stride, int64_t groups, con
   }
 }
 
+// A block of the first half of the outputs and its partner of the second, into the tile `t` of the rows that follow.
+inline void write_gated(const LinearParams& p, int64_t block, int64_t t, const float* gate, const float* up) {
+  const int64_t groups = p.outputs / 2 / kGroup;
+  int8_t* to = p.gated + (t * groups + block / 2) * kTileBytes16 + block % 2 * (kGroupBytes / 2);
+  for (int r = 0; r < kTileRows; ++r, to += kGroupBytes, gate += kBlockOutputs, up += kBlockOutputs) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(silu(load(gate)) * load(up));
+    memcpy(to, &narrow, sizeof narrow);
+  }
+}
+
+inline void write_panel(const LinearParams& p, const int64_t (&blocks)[kPanel], int64_t t,
+                        const float (&sums)[kPanel][kTileFloats]) {
+  if (p.gated != nullptr) return write_gated(p, blocks[0], t, sums[0], sums[1]);
+  const int64_t row = t * kTileRows, left = p.rows - row;
+  for (int half = 0; half < kPanel; ++half)
+    write(p, blocks[half], row, static_cast<int>(left < kTileRows ? left : kTileRows), sums[half]);
+}
+
 // Two blocks of outputs for the tiles of rows [begin, end).
 template <int kBits>
-void run_panel(const LinearParams& p, const int64_t (&blocks)[kPanel], int64_t begin, int64_t end, PanelScratch& scratch) {
+void run_panel(const LinearParams& p, const int64_t (&blocks)[kPanel], int64_t begin, int64_t end,
+               PanelScratch& scratch) {
   const int64_t groups = p.weight.groups, parts = (groups + kPanelGroups - 1) / kPanelGroups;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = groups * part / parts, last = groups * (part + 1) / parts;
@@ -167,18 +165,15 @@ void run_panel(const LinearParams& p, const int64_t (&blocks)[kPanel], int64_t b
       float(*sums)[kPanel][kTileFloats] = scratch.sums + (parts == 1 ? 0 : tile - begin);
       if (tile + 1 < end) {
         load_sums<2>(sums, part == 0);
-        multiply_panel<2>(x, groups * kTileBytes16, last - first, scratch, {p, blocks[0], tile});
+        multiply_panel<2>(x, groups * kTileBytes16, last - first, scratch);
         store_sums<2>(sums);
       } else {
         load_sums<1>(sums, part == 0);
-        multiply_panel<1>(x, 0, last - first, scratch, {p, blocks[0], tile});
+        multiply_panel<1>(x, 0, last - first, scratch);
         store_sums<1>(sums);
       }
       if (part + 1 < parts) continue;
-      for (int64_t t = tile; t < tile + 2 && t < end; ++t)
-        for (int half = 0; half < kPanel; ++half)
-          write(p, blocks[half], t * kTileRows, static_cast<int>(p.rows - t * kTileRows < kTileRows ? p.rows - t * kTileRows : kTileRows),
-                sums[t - tile][half]);
+      for (int64_t t = tile; t < tile + 2 && t < end; ++t) write_panel(p, blocks, t, sums[t - tile]);
     }
   }
 }
@@ -190,11 +185,17 @@ void run_panels(const LinearParams& p, int64_t begin, int64_t end) {
   configure_tiles(shapes);
   PanelScratch scratch;
   constexpr int64_t kTilesAtOnce = kRowsAtOnce / kTileRows;
-  const int64_t tiles = pagestream::whole_tiles(p.rows) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; tile += kTilesAtOnce)
-    for (int64_t block = begin; block < end; block += kPanel)  // the last of an odd number is its own partner
-      run_panel<kBits>(p, {block, block + 1 < end ? block + 1 : block}, tile,
-                       tile + kTilesAtOnce < tiles ? tile + kTilesAtOnce : tiles, scratch);
+  const int64_t tiles = pagestream::whole_tiles(p.rows) / kTileRows, half = p.outputs / kBlockOutputs / 2;
+  for (int64_t tile = 0; tile < tiles; tile += kTilesAtOnce) {
+    const int64_t last = tile + kTilesAtOnce < tiles ? tile + kTilesAtOnce : tiles;
+    for (int64_t block = begin; block < end; block += kPanel) {
+      const int64_t next = block + 1 < end ? block + 1 : block;  // the last of an odd number is its own partner
+      if (p.gated != nullptr)
+        run_panel<kBits>(p, {block / 2, block / 2 + half}, tile, last, scratch);
+      else
+        run_panel<kBits>(p, {block, next}, tile, last, scratch);
+    }
+  }
   _tile_release();
 }
 

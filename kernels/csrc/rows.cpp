@@ -67,14 +67,8 @@ void rotate(float* heads, int64_t count, int64_t head_size, const float* norm_we
   }
 }
 
-// silu(x) = x / (1 + e^-x), from the exponential of -|x|, which cannot overflow.
 void gate(float* gate, const float* up, int64_t width) {
-  constexpr float kLog2E = 1.44269504088896341f;
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const Float x = load(gate + i), magnitude = x < 0 ? -x : x;
-    const Float e = exp2(clamp_exponent(magnitude * -kLog2E));
-    store(gate + i, x * (x < 0 ? e : broadcast(1)) / (1 + e) * load(up + i));
-  }
+  for (int64_t i = 0; i < width; i += kLanes) store(gate + i, silu(load(gate + i)) * load(up + i));
 }
 
 }  // namespace

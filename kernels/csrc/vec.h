@@ -166,6 +166,13 @@ inline Float clamp_exponent(Float x) { return max(broadcast(kMinExponent), x); }
 
 inline float exp2(float x) { return exp2(clamp_exponent(broadcast(x)))[0]; }
 
+// x / (1 + e^-x), from the exponential of -|x|, which cannot overflow.
+inline Float silu(Float x) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  const Float magnitude = x < 0 ? -x : x, e = exp2(clamp_exponent(magnitude * -kLog2E));
+  return x * (x < 0 ? e : broadcast(1)) / (1 + e);
+}
+
 // Transposes a square of kLanes x kLanes: each round of interleaving rotates the bits of (row, column) by one.
 inline void transpose(Float (&rows)[kLanes]) {
 #if defined(__AVX512F__)

@@ -176,7 +176,7 @@ def test_a_rolling_restart_under_load_loses_nothing(
             assert old.wait_for_exit() == 0
             port = old.address.rpartition(":")[2]
             new = gateway.workers[index] = serve(tiny_model_path, "--threads", "1", "--grpc-port", port)
-            wait_until(lambda new=new: new.metric("requests_finished_total") > 0, "smg comes back to it", 60)
+            wait_until(lambda new=new: new.metric("requests_finished_total") > 0, "smg comes back to it", 120)
             assert load.answered > before
     record_property("chats answered through smg while both workers restarted", load.answered)
     assert load.failed == []
