@@ -46,7 +46,7 @@ def draw_gap(axes: Axes, latency: Part) -> None:
     token_axis(axes, "context, tokens")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: duration(round(value, 6)))
-    axes.set_ylabel("gap between tokens")
+    axes.set_ylabel("time per token")
     axes.legend()
 
 

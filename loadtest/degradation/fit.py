@@ -54,7 +54,8 @@ def fit_cost(lengths: Sequence[int], samples: Sequence[Sequence[float]], *, degr
         if len(lengths) >= _FEWEST_FOR_AICC:
             gain = _aicc(design[:, :2], medians) - _aicc(design, medians)
         if square.lower > 0:
-            crossover = _interval(estimate[1] / estimate[2], drawn[:, 1] / drawn[:, 2])
+            curved = drawn[drawn[:, 2] > 0]  # all but a few: the interval's lower end is above 0
+            crossover = _interval(estimate[1] / estimate[2], curved[:, 1] / curved[:, 2])
             quadratic = gain is not None and gain > 0 and max(lengths) > crossover.value / 4
     return CostFit(terms[0], terms[1], square, crossover, gain, quadratic, float(residuals.max()), max(lengths))
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from random import Random
-from statistics import median
 
 from pagestream.loadtest.degradation.fit import CostFit, fit_cost
 from pagestream.loadtest.degradation.server import Server
@@ -23,9 +21,9 @@ class LatencyPoint:
     tokens: int  # of the prompt
     repeats: int
     first_token: Interval  # seconds, median
-    gap: Interval  # seconds between tokens, median
+    gap: Interval  # seconds a token after the first, median
     first_token_samples: list[float]
-    gap_samples: list[float]  # the median gap of each request
+    gap_samples: list[float]  # the mean gap of each request: tokens that arrive together have no gap of their own
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def measure_latency(
         stream = server.stream(vocabulary.draw(random, length), NEW_TOKENS)
         if length in first:
             first[length].append(stream.tokens[0])
-            gaps[length].append(median(later - earlier for earlier, later in pairwise(stream.tokens)))
+            gaps[length].append((stream.tokens[-1] - stream.tokens[0]) / (len(stream.tokens) - 1))
     after = _scrape(metrics)
     points = [
         LatencyPoint(

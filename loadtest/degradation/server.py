@@ -125,7 +125,7 @@ class Server:
         )
 
         def read() -> None:
-            call = self._generation.GenerateStream(request, timeout=_CALL_SECONDS)
+            call = self._generation.GenerateStream(request, timeout=_CALL_SECONDS, metadata=self._metadata)
             for event in call:
                 for _ in event.delta.token_ids:
                     took(time.perf_counter())

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from pagestream.loadtest.degradation.card import PARTS, Effort, disagreements, measure_card
 from pagestream.loadtest.degradation.fit import fit_cost, nonnegative_fit
 from pagestream.loadtest.degradation.interference import judge
+from pagestream.loadtest.degradation.latency import measure_latency
 from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.quality import Outcome, effective_length
-from pagestream.loadtest.degradation.server import Server
+from pagestream.loadtest.degradation.server import Server, Stream
 from pagestream.loadtest.degradation.tasks import (
     DEPTHS,
     Trial,
@@ -27,6 +28,7 @@ from pagestream.loadtest.degradation.tasks import (
     passkey_trials,
     perplexity_trials,
 )
+from pagestream.loadtest.shapes import Vocabulary
 from tests.support.process import ServerProcess
 
 LENGTHS = [round(64 * 2 ** (step / 2)) for step in range(15)]  # to 8,192
@@ -98,6 +100,21 @@ def test_effective_length_by_both_definitions() -> None:
     assert found.relative.value == 512
     assert found.absolute.value == 0
     assert (found.relative.lower, found.relative.upper) == (512, 512)
+
+
+class Bundles:
+    """A server that takes a second to begin and 10 ms a token, and sends its tokens in messages of four."""
+
+    def stream(self, _prompt: list[int], new_tokens: int) -> Stream:
+        return Stream(0.0, [1 + 0.04 * (token // 4) for token in range(new_tokens + 1)], None, 0)
+
+
+def test_tokens_that_arrive_together_have_a_time_all_the_same() -> None:
+    """Most gaps are 0 then, and so is their median; what a token takes is not."""
+    vocabulary = Vocabulary(size=100)
+    found = measure_latency(Bundles(), vocabulary, [64, 128], 2, None, 0, lambda items, _total, _name: items)  # type: ignore[arg-type]
+    assert [point.gap.value for point in found.points] == pytest.approx([0.01, 0.01])
+    assert (found.decode.a.value, found.decode.b.value) == pytest.approx((0.01, 0), abs=1e-9)
 
 
 def test_stalls_are_what_gaps_are_longer_than_before() -> None:
