@@ -33,7 +33,7 @@ struct Scratch {
 
 int64_t scratch_floats(const AttentionParams& p) {
 #if defined(__AMX_BF16__)
-  if (fits_tiles(p)) return TileScratch(p, nullptr).floats();
+  if (fits_tiles(p)) return tile_scratch_floats(p);
 #endif
   const int64_t rows = max(kMaxRowsPerBlock, group_size(p)), width = padded_head(p);
   return 2 * (width + 1) * kTile + rows * (3 * width + kTile + 2 * int64_t{sizeof(Softmax) / sizeof(float)});
@@ -200,14 +200,8 @@ bool with_stats(const AttentionParams& p, const Segment& s) {
 void run(const AttentionParams& p, const Segment* segments, int64_t count, float* memory, float* workspace) {
 #if defined(__AMX_BF16__)
   if (fits_tiles(p)) {
-    const TileScratch scratch(p, memory);
-    configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
-    using Run = void (*)(const AttentionParams&, const Segment&, const TileScratch&, float*);
-    constexpr Run kRun[2][2] = {{run_tiles<BFloat16, false>, run_tiles<BFloat16, true>},
-                                {run_tiles<int8_t, false>, run_tiles<int8_t, true>}};
-    const Run* const runs = kRun[p.cache_dtype == DType::kInt8];
-    for (int64_t i = 0; i < count; ++i) runs[with_stats(p, segments[i])](p, segments[i], scratch, workspace);
-    _tile_release();
+    const auto run_all_tiles = p.cache_dtype == DType::kInt8 ? run_all<Int8Operands> : run_all<Bf16Operands>;
+    run_all_tiles(p, segments, count, memory, workspace, with_stats);
     return;
   }
 #endif

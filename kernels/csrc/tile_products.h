@@ -5,17 +5,12 @@
 // of the two factors is which: a few rows (a decode) read keys as they lie in the page, many transpose them once.
 #pragma once
 
-#include "amx.h"
-#include "kv_tile.h"
+#include "tile_rows.h"
 
 namespace {
 
-using pagestream::kTilesPerSplit;
-
-constexpr int kSplit = kTile * kTilesPerSplit;  // keys
-constexpr int kPanel = 16;                      // rows of a tile register
 constexpr int kDepth = 32;                      // bfloat16 numbers in one of its rows
-constexpr int kScoreRow = kSplit + kPanel, kWeightRow = kSplit + kDepth;  // powers of two share few cache sets
+constexpr int kWeightRow = kSplit + kDepth;      // not a power of two
 constexpr int kTileElements = kPanel * kDepth;
 
 constexpr TileShape kFull{kPanel, kDepth * sizeof(BFloat16)};
@@ -120,27 +115,6 @@ struct KVTile {
   PagedRows<BFloat16> rows;
   int begin, stop, last;
 };
-
-inline KVTile tile_of(const PagedRows<BFloat16>& rows, int begin, int stop, int last, BFloat16* /*memory*/) {
-  return {rows, begin, stop, last};
-}
-
-// Int8 is widened to `memory` [64, D], which then is the one page of a tile of its own.
-inline KVTile tile_of(const PagedRows<int8_t>& rows, int begin, int stop, int last, BFloat16* memory) {
-  static constexpr int32_t kOnlyPage = 0;
-  const int block = kPanel * rows.head_size;  // numbers
-  BFloat16* to = memory;
-  for (int key = begin; key < min(begin + kTile, stop); key += kPanel, to += block) {
-    const int8_t* const from = rows.at(key);
-    const int8_t* const ahead = key + kTile < last ? rows.at(key + kTile) : nullptr;
-    for (int d = 0; d < block; d += kDepth) {
-      if (ahead != nullptr && d % 64 == 0) __builtin_prefetch(ahead + d, 0, 2);  // bursts are slower
-      const __m512bh both = _mm512_cvtne2ps_pbh(load_wide(from + d + kLanes), load_wide(from + d));
-      memcpy(to + d, &both, sizeof both);
-    }
-  }
-  return {{memory, &kOnlyPage, 0, __builtin_ctz(kTile), rows.head_size}, 0, min(kTile, stop - begin), 0};
-}
 
 // scores[row][key] of at most 16 rows, whose transposed tiles are `query`: over 64 keys, as they lie in their page.
 template <int kParts>

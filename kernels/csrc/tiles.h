@@ -1,60 +1,16 @@
 // Attention over bfloat16 and int8 caches with AMX: a block of query rows takes the keys split by split (256). Within a split
-// all scores come first, then the weights from their true maximum, then the values. Weights are rounded to bfloat16 for
-// their product with the values; sums of them and statistics stay float32. Queries that are not bfloat16 count as the
-// sum of two bfloat16 numbers (16 bits). Int8 keys and values become bfloat16 as they are, which is exact; their scales
-// multiply the scores, and the weights before they are rounded.
+// all scores come first, then the weights from their true maximum, then the values. Statistics and sums of weights are
+// float32; what multiplies keys and values, and in which arithmetic, is the operands' matter: Bf16Operands, Int8Operands.
 #pragma once
 
-#include "rows.h"
 #include "tile_products.h"
+#include "tiles_int8.h"
 
 namespace {
 
 inline bool fits_tiles(const AttentionParams& p) {
   return (p.cache_dtype == DType::kBFloat16 || p.cache_dtype == DType::kInt8) && p.head_size % kTile == 0;
 }
-
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-struct TileScratch {
-  BFloat16 *query;    // [rows, D / 32, parts, 32]
-  BFloat16 *keys;     // few rows: the query's tiles, transposed; many: those of the split's keys
-  BFloat16 *values;   // tiles of the split's values, rows in pairs
-  BFloat16 *weights;  // [32, kWeightRow]
-  BFloat16 *widened;  // [64, D]: a tile of int8 keys or values
-  float *key_scales, *value_scales;  // [kSplit]: of int8 caches
-  float *scores;      // [32, kScoreRow]
-  float *out;         // [32, D]: of one split
-  float *total_out;   // [rows, D]
-  Softmax* total;     // [rows]
-  Row* rows;
-
-  explicit TileScratch(const AttentionParams& p, float* memory) : start_(memory), next_(memory) {
-    const int64_t count = round_up(max(kMaxRowsPerBlock, group_size(p)), 2 * kPanel), size = p.head_size;
-    take(query, count * size * 2);
-    take(keys, kSplit * size);
-    take(values, kSplit * size);
-    take(weights, 2 * kPanel * kWeightRow);
-    take(widened, kTile * size);
-    take(key_scales, kSplit);
-    take(value_scales, kSplit);
-    take(scores, 2 * kPanel * kScoreRow);
-    take(out, 2 * kPanel * size);
-    take(total_out, count * size);
-    take(total, count);
-    take(rows, count);
-  }
-
-  int64_t floats() const { return next_ - start_; }
-
- private:
-  template <typename T>
-  void take(T*& array, int64_t count) {  // each on a cache line of its own
-    array = reinterpret_cast<T*>(next_);
-    next_ += (count * int64_t{sizeof(T)} + 63) / 64 * (64 / int64_t{sizeof(float)});
-  }
-  float *start_, *next_;
-};
 
 inline int query_parts(const AttentionParams& p) { return p.query_dtype == DType::kBFloat16 ? 1 : 2; }
 
@@ -70,53 +26,96 @@ void split_query(const T* query, float sign, int parts, int head_size, BFloat16*
   }
 }
 
-void load_query_tiles(const AttentionParams& p, const Row& row, BFloat16* to) {
-  const int64_t at = row.token * p.query_token_stride + row.head * p.query_head_stride;
-  const float sign = (p.scale > 0) - (p.scale < 0);
-  const int parts = query_parts(p);
-  switch (p.query_dtype) {
-    case DType::kBFloat16: return split_query(static_cast<const BFloat16*>(p.query) + at, sign, parts, p.head_size, to);
-    case DType::kFloat16: return split_query(static_cast<const Float16*>(p.query) + at, sign, parts, p.head_size, to);
-    default: return split_query(static_cast<const float*>(p.query) + at, sign, parts, p.head_size, to);
-  }
-}
+// Keys, values, queries and weights as bfloat16. Queries that are not count as the sum of two such numbers (16 bits).
+class Bf16Operands {
+ public:
+  static constexpr int kRowsAtOnce = 2 * kPanel;
 
-// The scores of one row become weights 2^(c (s - m)), in bfloat16 and with statistics also in place; keys outside
-// [lo, hi) get 0, up to `count`, a multiple of 64. Sums run in two chains over vectors counted from the split's start.
-// With `value_scales` the bfloat16 weights, and they alone, are multiplied by them.
-template <bool kWithStats, bool kScaled>
-Softmax weigh(float* scores, BFloat16* weights, const float* value_scales, int lo, int hi, int count, float c) {
-  for (int j = 0; (lo > 0 || hi < count) && j < count; j += kLanes) {
-    const Int key = lane_index() + j;
-    store(scores + j, (key >= lo) & (key < hi) ? load(scores + j) : broadcast(kMasked));
+  Bf16Operands(const AttentionParams& p, Arena& arena) : p_(p), size_(p.head_size), parts_(query_parts(p)) {
+    arena.take(query_, most_rows(p) * size_ * 2);
+    arena.take(keys_, int64_t{kSplit} * size_);
+    arena.take(values_, int64_t{kSplit} * size_);
+    arena.take(weights_, kRowsAtOnce * kWeightRow);
   }
-  Float highest[4];
-  for (int i = 0; i < 4; ++i) highest[i] = load(scores + i * kLanes);
-  for (int j = kTile; j < count; j += kTile)
-    for (int i = 0; i < 4; ++i) highest[i] = max(load(scores + j + i * kLanes), highest[i]);
-  const float m = max(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
-  Float l[2] = {}, u[2] = {};
-  for (int j = 0; j < count; j += kDepth) {
-    Float weight[2];
-    for (int half = 0; half < 2; ++half) {
-      const Float d = (load(scores + j + half * kLanes) - m) * c;
-      weight[half] = exp2(d);
-      l[half] += weight[half];
-      if constexpr (kWithStats) {
-        u[half] = fma(weight[half], clamp_exponent(d), u[half]);
-        store(scores + j + half * kLanes, weight[half]);
-      }
-    }
-    if constexpr (kScaled)
-      for (int half = 0; half < 2; ++half) weight[half] = weight[half] * load(value_scales + j + half * kLanes);
-    const __m512bh both = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
-    memcpy(weights + j, &both, sizeof both);
+
+  void start(const Segment& s, const Row* rows, int count) {
+    few_ = count <= kPanel ? count : 0;
+    key_rows_ = paged_rows<BFloat16>(p_, s, p_.key_cache, p_.key_page_stride, p_.key_head_stride);
+    value_rows_ = paged_rows<BFloat16>(p_, s, p_.value_cache, p_.value_page_stride, p_.value_head_stride);
+    const int width = size_ * parts_;
+    for (int r = 0; r < count; ++r)
+      with_query(p_, rows[r], [&](auto* query) {
+        split_query(query, sign_of_scale(p_), parts_, size_, query_ + r * width);
+      });
+    for (int d = 0; few_ > 0 && d < width; d += kDepth) transpose_pairs(query_ + d, width, keys_ + d * kPanel);
   }
-  Softmax state;
-  state.m = m * c;
-  state.l = sum(l[0] + l[1]);
-  if constexpr (kWithStats) state.u = sum(u[0] + u[1]);
-  return state;
+
+  // Positions [begin, begin + 64), `at` in their split.
+  void read(int begin, int stop, int last, int at, float* scores) {
+    const KVTile keys{key_rows_, begin, stop, last};
+    if (few_ > 0) (parts_ == 1 ? score_few<1> : score_few<2>)(keys, keys_, few_, scores + at);
+    else pack_keys(keys, keys_ + at * size_);
+    pack_values({value_rows_, begin, stop, last}, values_ + at * size_);
+  }
+
+  void score(int first, int rows, int count, float* scores) {
+    if (few_ > 0) return;
+    const int64_t width = size_ * parts_, tiles = size_ / kDepth;
+    (parts_ == 1 ? multiply<1> : multiply<2>)({query_ + first * width, width, keys_, kTileElements,
+                                               tiles * kTileElements, static_cast<int>(tiles), scores, kScoreRow},
+                                              rows, count);
+  }
+
+  template <bool kWithStats>
+  Softmax weigh_row(int /*first*/, int r, int /*rows*/, float* scores, int lo, int hi, int count, float c) {
+    BFloat16* const to = weights_ + r * kWeightRow;
+    return weigh<kWithStats>(scores, lo, hi, count, c, [to](int j, const Float (&weight)[2]) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
+      memcpy(to + j, &both, sizeof both);
+    });
+  }
+
+  void sees_nothing(int r, int /*rows*/, int count) { memset(weights_ + r * kWeightRow, 0, sizeof(BFloat16) * count); }
+
+  void sum_values(int rows, int count, float* out) {
+    multiply<1>({weights_, kWeightRow, values_, int64_t{kDepth} * size_, kTileElements, count / kDepth, out, size_}, rows,
+                size_);
+  }
+
+ private:
+  const AttentionParams& p_;
+  const int size_, parts_;
+  int few_ = 0;  // rows, if they are few
+  PagedRows<BFloat16> key_rows_, value_rows_;
+  BFloat16* query_;    // [rows, D / 32, parts, 32]
+  BFloat16* keys_;     // few rows: the query's tiles, transposed; many: those of the split's keys
+  BFloat16* values_;   // tiles of the split's values, rows in pairs
+  BFloat16* weights_;  // [32, kWeightRow]
+};
+
+template <typename Operands>
+struct TileScratch {
+  Arena arena;
+  Operands operands;
+  float *scores;     // [32, kScoreRow]
+  float *out;        // [32, D]: of one split
+  float *total_out;  // [rows, D]
+  Softmax* total;    // [rows]
+  Row* rows;
+
+  TileScratch(const AttentionParams& p, float* memory) : arena{memory}, operands(p, arena) {
+    arena.take(scores, 2 * kPanel * kScoreRow);
+    arena.take(out, int64_t{2} * kPanel * p.head_size);
+    arena.take(total_out, most_rows(p) * p.head_size);
+    arena.take(total, most_rows(p));
+    arena.take(rows, most_rows(p));
+  }
+};
+
+inline int64_t tile_scratch_floats(const AttentionParams& p) {
+  const float* const end = p.cache_dtype == DType::kInt8 ? TileScratch<Int8Operands>(p, nullptr).arena.next
+                                                         : TileScratch<Bf16Operands>(p, nullptr).arena.next;
+  return end - static_cast<const float*>(nullptr);
 }
 
 // Base-2 logarithms of the masses of the split's pages. Pages do not straddle splits.
@@ -129,23 +128,21 @@ void write_page_masses(const AttentionParams& p, const Row& row, const float* we
 }
 
 // Weights and softmax states, from their scores, of up to 32 rows from row `first` of the block on: keys [begin, stop).
-template <bool kWithStats, bool kScaled>
-void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int first, int rows, int begin, int stop,
-                   Softmax* part) {
+template <bool kWithStats, typename Operands>
+void weigh_panels(const AttentionParams& p, TileScratch<Operands>& scratch, int first, int rows, int begin, int stop,
+                  Softmax* part) {
   const int count = round_up(stop - begin, kTile);
-  const float c = (p.scale == 0 ? 1 : fabsf(p.scale)) * kLog2E;  // not 0: what is masked must stay so
+  const float c = (p.scale == 0 ? 1 : fabsf(p.scale)) * kLog2E;
   for (int r = 0; r < rows; ++r) {
     const Row& row = scratch.rows[first + r];
     const int lo = max(0, row.visible_begin - begin), hi = min(stop, row.position + 1) - begin;
     float* const scores = scratch.scores + r * kScoreRow;
-    BFloat16* const weights = scratch.weights + r * kWeightRow;
     part[r] = Softmax();
     if (lo >= hi) {
-      memset(weights, 0, sizeof(BFloat16) * count);
+      scratch.operands.sees_nothing(r, rows, count);
       continue;
     }
-    if constexpr (kScaled) multiply_by(scratch.key_scales, count, scores);
-    part[r] = weigh<kWithStats, kScaled>(scores, weights, scratch.value_scales, lo, hi, count, c);
+    part[r] = scratch.operands.template weigh_row<kWithStats>(first, r, rows, scores, lo, hi, count, c);
     if constexpr (kWithStats) {
       add_sink_and_recent(row, scores, begin, lo, hi, part[r]);
       keep_weights(p, row, scores, begin, count, part[r].m);
@@ -154,66 +151,32 @@ void weigh_panels(const AttentionParams& p, const TileScratch& scratch, int firs
   }
 }
 
-template <int kParts>
-void score_many(const TileScratch& scratch, int first, int rows, int count, int head_size) {
-  const int64_t width = head_size * kParts, tiles = head_size / kDepth;
-  multiply<kParts>({scratch.query + first * width, width, scratch.keys, kTileElements, tiles * kTileElements,
-                    static_cast<int>(tiles), scratch.scores, kScoreRow},
-                   rows, count);
-}
-
-void sum_values(const TileScratch& scratch, int rows, int count, int head_size) {
-  multiply<1>({scratch.weights, kWeightRow, scratch.values, kDepth * head_size, kTileElements, count / kDepth, scratch.out,
-               head_size},
-              rows, head_size);
-}
-
-template <typename T, bool kWithStats>
-void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& scratch, float* workspace) {
-  const int rows = s.num_positions * group_size(p), size = p.head_size, parts = query_parts(p);
-  const bool few = rows <= kPanel;
-  const auto score = parts == 1 ? score_few<1> : score_few<2>;
+template <typename Operands, bool kWithStats>
+void run_tiles(const AttentionParams& p, const Segment& s, TileScratch<Operands>& scratch, float* workspace) {
+  constexpr int kRowsAtOnce = Operands::kRowsAtOnce;
+  const int rows = s.num_positions * group_size(p), size = p.head_size;
   const int end = s.first_position + s.num_positions;  // no row sees position `end` or beyond
   const int last = min(end, s.tile_end * kTile);
-  const auto keys = paged_rows<T>(p, s, p.key_cache, p.key_page_stride, p.key_head_stride);
-  const auto values = paged_rows<T>(p, s, p.value_cache, p.value_page_stride, p.value_head_stride);
-  constexpr bool kScaled = sizeof(T) == sizeof(int8_t);
-  const TileScales scales = paged_scales(p, s);
   for (int r = 0; r < rows; ++r) {
     scratch.rows[r] = Row(p, s, r);
-    load_query_tiles(p, scratch.rows[r], scratch.query + r * size * parts);
     scratch.total[r] = Softmax();
   }
-  if (few)
-    for (int d = 0; d < size * parts; d += kDepth)
-      transpose_pairs(scratch.query + d, size * parts, scratch.keys + d * kPanel);
+  scratch.operands.start(s, scratch.rows, rows);
   memset(scratch.total_out, 0, sizeof(float) * rows * size);
   for (int tile = s.tile_begin; tile < s.tile_end;) {
     const int split = tile / kTilesPerSplit, begin = tile * kTile;
     tile = min((split + 1) * kTilesPerSplit, s.tile_end);
     const int stop = min(tile * kTile, end);
-    for (int key = begin; key < stop; key += kTile) {  // in the order in which memory holds a page
-      const int at = key - begin;
-      const KVTile key_tile = tile_of(keys, key, stop, last, scratch.widened);
-      if (few) score(key_tile, scratch.keys, rows, scratch.scores + at);
-      else pack_keys(key_tile, scratch.keys + at * size);
-      pack_values(tile_of(values, key, stop, last, scratch.widened), scratch.values + at * size);
-      if constexpr (kScaled) {
-        load_scales(scales.keys, key, stop, last, scratch.key_scales + at);
-        load_scales(scales.values, key, stop, last, scratch.value_scales + at);
-      }
-    }
-    for (int first = 0; first < rows; first += 2 * kPanel) {
-      const int panel_rows = min(2 * kPanel, rows - first);
+    for (int key = begin; key < stop; key += kTile)  // in the order in which memory holds a page
+      scratch.operands.read(key, stop, last, key - begin, scratch.scores);
+    for (int first = 0; first < rows; first += kRowsAtOnce) {
+      const int panel_rows = min(kRowsAtOnce, rows - first);
       const int panel_stop = min(stop, scratch.rows[first + panel_rows - 1].position + 1);
       const int count = max(0, round_up(panel_stop - begin, kTile));
-      if (!few) {
-        if (parts == 1) score_many<1>(scratch, first, panel_rows, count, size);
-        else score_many<2>(scratch, first, panel_rows, count, size);
-      }
-      Softmax part[2 * kPanel];
-      weigh_panels<kWithStats, kScaled>(p, scratch, first, panel_rows, begin, begin + count, part);
-      sum_values(scratch, panel_rows, count, size);
+      scratch.operands.score(first, panel_rows, count, scratch.scores);
+      Softmax part[kRowsAtOnce];
+      weigh_panels<kWithStats>(p, scratch, first, panel_rows, begin, begin + count, part);
+      scratch.operands.sum_values(panel_rows, count, scratch.out);
       for (int r = 0; r < panel_rows; ++r) {
         const float* const out = scratch.out + r * size;
         if (s.is_partial) {
@@ -229,6 +192,17 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
   }
   if (s.is_partial) return;
   for (int r = 0; r < rows; ++r) finish_row(p, scratch.rows[r], scratch.total[r], scratch.total_out + r * size);
+}
+
+// All segments of a call.
+template <typename Operands>
+void run_all(const AttentionParams& p, const Segment* segments, int64_t count, float* memory, float* workspace,
+             bool (*with_stats)(const AttentionParams&, const Segment&)) {
+  TileScratch<Operands> scratch(p, memory);
+  configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
+  constexpr auto kPlain = run_tiles<Operands, false>, kObserved = run_tiles<Operands, true>;
+  for (int64_t i = 0; i < count; ++i) (with_stats(p, segments[i]) ? kObserved : kPlain)(p, segments[i], scratch, workspace);
+  _tile_release();
 }
 
 }  // namespace

@@ -54,12 +54,49 @@ def test_cache_may_be_narrower_than_query(attend, helpers, query_dtype):
 
 @pytest.mark.parametrize(
     "name",
-    ["decode", "mixed", "page 128, group 8, D 128", "negative scale", "D 24: not a multiple of a vector", "window 60"],
+    [
+        "decode",
+        "mixed",
+        "page 16, group 1",
+        "page 128, group 8, D 128",
+        "group 130, D 64",
+        "negative scale",
+        "D 24: not a multiple of a vector",
+        "window 60",
+        "window 300, page 128",
+    ],
 )
 def test_int8_caches_equal_float64(attend, helpers, name):
     rows, options = CASES[name]
     batch = helpers.int8_batch(rows, **options)
     helpers.check_against_oracle(batch, attend(batch))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 6, 8, 12, 16])
+def test_int8_caches_beside_a_sink(attend, helpers, group):
+    """A key with most of the weight of its heads, whose value is small as sinks' values are, hides no other value."""
+    batch = helpers.int8_batch([(1, 900), (19, 300)], heads=(2 * group, 2))
+    for s in range(2):
+        page = int(batch.block_tables[s, 0])
+        batch.keys[s][0] *= 8
+        batch.key_scales[page, :, 0] *= 8
+        batch.values[s][0] *= 0.01
+        batch.value_scales[page, :, 0] *= 0.01
+    helpers.check_against_oracle(batch, attend(batch))
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [("query", math.nan), ("query", math.inf), ("key_scales", math.nan), ("value_scales", math.nan)],
+)
+def test_int8_caches_show_what_is_no_number(attend, helpers, what, number):
+    batch = helpers.int8_batch([(1, 70), (1, 70)])
+    clean = attend(batch)
+    at = (0, slice(3), 5) if what == "query" else (int(batch.block_tables[0, 0]), 0, 5)
+    getattr(batch, what)[at] = number
+    result = attend(batch)
+    assert result.out[0, :3].isnan().all()
+    assert torch.equal(result.out[1], clean.out[1])
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
