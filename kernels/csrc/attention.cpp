@@ -225,6 +225,9 @@ void finish(const AttentionParams& p, const Segment& block, float* total_out, co
       const float* slot = workspace + block.workspace_offset + (split * rows + r) * partial_floats(p);
       merge(total, total_out, *reinterpret_cast<const Softmax*>(slot + width), slot, width);
     }
+#if defined(__AMX_BF16__)
+    if (fits_tiles(p)) restore_order(p, total_out);
+#endif
     finish_row(p, Row(p, block, r), total, total_out);
   }
 }

@@ -9,6 +9,7 @@ namespace {
 constexpr int kSplit = kTile * kTilesPerSplit;  // keys
 constexpr int kPanel = 16;                      // rows of a tile register
 constexpr int kScoreRow = kSplit + kPanel;      // powers of two share few cache sets
+constexpr TileShape kFull{kPanel, 64};
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -23,7 +24,32 @@ struct Arena {
   }
 };
 
+inline void configure_many() { configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull}); }
+
 inline int64_t most_rows(const AttentionParams& p) { return round_up(max(kMaxRowsPerBlock, group_size(p)), 2 * kPanel); }
+
+// Numbers of kColumns vectors, 16 keys after one another with kColumns rows each, become kColumns rows of 16 keys. Each
+// round moves the lowest bit of an element's place to the top.
+template <int kColumns>
+inline void split_columns(Float (&x)[kColumns]) {
+  const Int kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, kOdd = kEven + 1;
+  for (int round = 1; round < kColumns; round *= 2) {
+    Float next[kColumns];
+    for (int i = 0; i < kColumns / 2; ++i) {
+      next[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], kEven);
+      next[i + kColumns / 2] = __builtin_shuffle(x[2 * i], x[2 * i + 1], kOdd);
+    }
+    for (int i = 0; i < kColumns; ++i) x[i] = next[i];
+  }
+}
+
+// For a few rows: tile 0 for the scores of 16 keys and 1 for the query's columns, 2 to 5 for outputs and 7 for weights,
+// 6 for keys and values.
+template <int kColumns, int kParts = 1>
+inline void configure_few() {
+  constexpr TileShape kScores{kPanel, kColumns * sizeof(float)}, kRows{kColumns * kParts, kFull.bytes_per_row};
+  configure_tiles({kScores, kScores, kRows, kRows, kRows, kRows, kFull, kRows});
+}
 
 // Calls split(numbers) with the query head of a row, in its type.
 template <typename Split>

@@ -26,6 +26,33 @@ void split_query(const T* query, float sign, int parts, int head_size, BFloat16*
   }
 }
 
+// out [rows, D], in the order of packed columns, of a few rows: weights x values of positions [begin, stop).
+inline void sum_few(const PagedRows<BFloat16>& values, int begin, int stop, int last, const BFloat16* weights,
+                    BFloat16* packed, float* to) {
+  const int64_t size = values.head_size, row_bytes = size * int64_t{sizeof(float)};
+  for (int d = 0; d < size; d += 4 * kPanel) {
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int key = begin; key < stop; key += kTile)
+      add_values({values, key, stop, last}, d, weights + key - begin, packed);
+    float* const out = to + d;
+    _tile_stored(2, out, row_bytes);
+    _tile_stored(3, out + kPanel, row_bytes);
+    _tile_stored(4, out + 2 * kPanel, row_bytes);
+    _tile_stored(5, out + 3 * kPanel, row_bytes);
+  }
+}
+
+struct FewRows {
+  void (*configure)();
+  void (*score[2])(const KVTile&, const BFloat16*, int, float*);  // of queries of one and of two parts
+};
+
+template <int kColumns>
+constexpr FewRows kFewRows = {configure_few<kColumns>, {score_few<1, kColumns>, score_few<2, kColumns>}};
+
 // Keys, values, queries and weights as bfloat16. Queries that are not count as the sum of two such numbers (16 bits).
 class Bf16Operands {
  public:
@@ -40,6 +67,8 @@ class Bf16Operands {
 
   void start(const Segment& s, const Row* rows, int count) {
     few_ = count <= kPanel ? count : 0;
+    narrowest_ = few_ <= 4 ? &kFewRows<4> : few_ <= 8 ? &kFewRows<8> : &kFewRows<16>;
+    (few_ > 0 ? narrowest_->configure : configure_many)();
     key_rows_ = paged_rows<BFloat16>(p_, s, p_.key_cache, p_.key_page_stride, p_.key_head_stride);
     value_rows_ = paged_rows<BFloat16>(p_, s, p_.value_cache, p_.value_page_stride, p_.value_head_stride);
     const int width = size_ * parts_;
@@ -52,10 +81,12 @@ class Bf16Operands {
 
   // Positions [begin, begin + 64), `at` in their split.
   void read(int begin, int stop, int last, int at, float* scores) {
-    const KVTile keys{key_rows_, begin, stop, last};
-    if (few_ > 0) (parts_ == 1 ? score_few<1> : score_few<2>)(keys, keys_, few_, scores + at);
-    else pack_keys(keys, keys_ + at * size_);
-    pack_values({value_rows_, begin, stop, last}, values_ + at * size_);
+    const KVTile keys{key_rows_, begin, stop, last}, values{value_rows_, begin, stop, last};
+    if (few_ > 0) return narrowest_->score[parts_ - 1](keys, keys_, few_, scores + at);
+    pack_keys(keys, keys_ + at * size_);
+    for (int first = 0; first < kTile; first += kDepth)
+      for (int d = 0; d < size_; d += 4 * kPanel)
+        pack_values(values, first, d, values_ + (at + first) * size_ + d * kDepth);
   }
 
   void score(int first, int rows, int count, float* scores) {
@@ -77,7 +108,9 @@ class Bf16Operands {
 
   void sees_nothing(int r, int /*rows*/, int count) { memset(weights_ + r * kWeightRow, 0, sizeof(BFloat16) * count); }
 
-  void sum_values(int rows, int count, float* out) {
+  // Of the split's positions [begin, stop): the columns are in the order of packed values.
+  void sum_values(int begin, int stop, int last, int rows, int count, float* out) {
+    if (few_ > 0) return sum_few(value_rows_, begin, stop, last, weights_, values_, out);
     multiply<1>({weights_, kWeightRow, values_, int64_t{kDepth} * size_, kTileElements, count / kDepth, out, size_}, rows,
                 size_);
   }
@@ -86,6 +119,7 @@ class Bf16Operands {
   const AttentionParams& p_;
   const int size_, parts_;
   int few_ = 0;  // rows, if they are few
+  const FewRows* narrowest_ = nullptr;
   PagedRows<BFloat16> key_rows_, value_rows_;
   BFloat16* query_;    // [rows, D / 32, parts, 32]
   BFloat16* keys_;     // few rows: the query's tiles, transposed; many: those of the split's keys
@@ -151,6 +185,12 @@ void weigh_panels(const AttentionParams& p, TileScratch<Operands>& scratch, int 
   }
 }
 
+// The columns of an output in their own order, after that of packed values.
+inline void restore_order(const AttentionParams& p, float* row) {
+  if (p.cache_dtype == DType::kInt8) restore_bytes_order(row, p.head_size);
+  else restore_order(row, p.head_size);
+}
+
 template <typename Operands, bool kWithStats>
 void run_tiles(const AttentionParams& p, const Segment& s, TileScratch<Operands>& scratch, float* workspace) {
   constexpr int kRowsAtOnce = Operands::kRowsAtOnce;
@@ -176,7 +216,7 @@ void run_tiles(const AttentionParams& p, const Segment& s, TileScratch<Operands>
       scratch.operands.score(first, panel_rows, count, scratch.scores);
       Softmax part[kRowsAtOnce];
       weigh_panels<kWithStats>(p, scratch, first, panel_rows, begin, begin + count, part);
-      scratch.operands.sum_values(panel_rows, count, scratch.out);
+      scratch.operands.sum_values(begin, stop, last, panel_rows, count, scratch.out);
       for (int r = 0; r < panel_rows; ++r) {
         const float* const out = scratch.out + r * size;
         if (s.is_partial) {
@@ -191,7 +231,10 @@ void run_tiles(const AttentionParams& p, const Segment& s, TileScratch<Operands>
     }
   }
   if (s.is_partial) return;
-  for (int r = 0; r < rows; ++r) finish_row(p, scratch.rows[r], scratch.total[r], scratch.total_out + r * size);
+  for (int r = 0; r < rows; ++r) {
+    restore_order(p, scratch.total_out + r * size);
+    finish_row(p, scratch.rows[r], scratch.total[r], scratch.total_out + r * size);
+  }
 }
 
 // All segments of a call.
@@ -199,7 +242,6 @@ template <typename Operands>
 void run_all(const AttentionParams& p, const Segment* segments, int64_t count, float* memory, float* workspace,
              bool (*with_stats)(const AttentionParams&, const Segment&)) {
   TileScratch<Operands> scratch(p, memory);
-  configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
   constexpr auto kPlain = run_tiles<Operands, false>, kObserved = run_tiles<Operands, true>;
   for (int64_t i = 0; i < count; ++i) (with_stats(p, segments[i]) ? kObserved : kPlain)(p, segments[i], scratch, workspace);
   _tile_release();
