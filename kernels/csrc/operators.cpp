@@ -8,21 +8,24 @@ namespace pagestream {
 namespace {
 
 struct AttentionScratch {};
+struct AttentionWorkspace {};
+
+template <typename Purpose>
+float* thread_floats(int64_t count) {
+  return reinterpret_cast<float*>(thread_buffer<Purpose>(count * int64_t{sizeof(float)}));
+}
 
 }  // namespace
 
 void attend(const AttentionKernel& kernel, const AttentionParams& p, const Plan& plan, int64_t threads) {
-  std::vector<float> workspace(plan.workspace_floats);
-  const auto scratch = [&] {
-    constexpr int64_t kFloat = sizeof(float);
-    return reinterpret_cast<float*>(thread_buffer<AttentionScratch>(kernel.scratch_floats(p) * kFloat));
-  };
+  float* const workspace = thread_floats<AttentionWorkspace>(plan.workspace_floats);
+  const auto scratch = [&] { return thread_floats<AttentionScratch>(kernel.scratch_floats(p)); };
   parallel_for(plan.num_pieces(), 1, threads, [&](int64_t begin, int64_t end) {
     const int64_t first = plan.piece_begin[begin], last = plan.piece_begin[end];
-    kernel.run(p, plan.segments.data() + first, last - first, scratch(), workspace.data());
+    kernel.run(p, plan.segments.data() + first, last - first, scratch(), workspace);
   });
   parallel_for(static_cast<int64_t>(plan.shared.size()), 4, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch(), workspace.data());
+    for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch(), workspace);
   });
 }
 

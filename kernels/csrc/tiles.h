@@ -123,7 +123,7 @@ class Bf16Operands {
   PagedRows<BFloat16> key_rows_, value_rows_;
   BFloat16* query_;    // [rows, D / 32, parts, 32]
   BFloat16* keys_;     // few rows: the query's tiles, transposed; many: those of the split's keys
-  BFloat16* values_;   // tiles of the split's values, rows in pairs
+  BFloat16* values_;   // tiles of the split's values, rows in pairs; few rows: of 64 of them at a time
   BFloat16* weights_;  // [32, kWeightRow]
 };
 
@@ -132,8 +132,8 @@ struct TileScratch {
   Arena arena;
   Operands operands;
   float *scores;     // [32, kScoreRow]
-  float *out;        // [32, D]: of one split
-  float *total_out;  // [rows, D]
+  float *out;        // [32, D]: of one split, columns as packed
+  float *total_out;  // [rows, D], likewise
   Softmax* total;    // [rows]
   Row* rows;
 
