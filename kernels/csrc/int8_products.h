@@ -150,29 +150,32 @@ void pack_keys(const PagedRows<int8_t>& keys, int begin, int stop, int last, int
   }
 }
 
-// 64 values as D / 16 tiles of four keys by column; from `stop` on they are whatever was there, and their weights 0. Keys
-// 4 (4 i + l) on are row 4 l + i, as pack_weights() has them, and the columns of 64 in an order of their own, see restore_bytes_order().
+// 64 values as D / 16 tiles of four keys by column: keys i, 32 + i, 16 + i and 48 + i are row i, as pack_weights() has
+// them; the columns of 64 have an order of their own, see restore_bytes_order(). Values from `stop` on may be any, as
+// their weights are 0.
 void pack_values(const PagedRows<int8_t>& values, int begin, int stop, int last, int8_t* to) {
   const int size = values.head_size;
-  for (int key = begin; key < min(begin + kTile, stop); key += kPanel) {
-    const int8_t* const block = values.at(key);
-    const Ahead ahead = rows_ahead(values, key + kTile, last);
-    int8_t* const first = to + (key - begin) / kPanel * kBytes;
-    for (int row = 0; row < kPanel; row += 4) {
-      for (int d = 0; d < size; d += kBytes) {
-        __m512i x[4];
-        for (int i = 0; i < 4; ++i) {
-          x[i] = _mm512_loadu_si512(block + (row + i) * size + d);
-          ahead.fetch((row + i) * size + d);
-        }
-        const __m512i low[2] = {_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpacklo_epi8(x[2], x[3])};
-        const __m512i high[2] = {_mm512_unpackhi_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[2], x[3])};
-        int8_t* const at = first + d / kPanel * kTileBytes + row * kBytes;
-        _mm512_storeu_si512(at, _mm512_unpacklo_epi16(low[0], low[1]));
-        _mm512_storeu_si512(at + kTileBytes, _mm512_unpackhi_epi16(low[0], low[1]));
-        _mm512_storeu_si512(at + 2 * kTileBytes, _mm512_unpacklo_epi16(high[0], high[1]));
-        _mm512_storeu_si512(at + 3 * kTileBytes, _mm512_unpackhi_epi16(high[0], high[1]));
+  const int8_t* block[4];
+  Ahead ahead[4];
+  for (int i = 0; i < 4; ++i) {
+    const int key = begin + i * kPanel;
+    block[i] = values.at(min(key, (stop - 1) / kPanel * kPanel));
+    ahead[i] = rows_ahead(values, key + kTile, last);
+  }
+  for (int row = 0; row < kPanel; ++row, to += kBytes) {
+    for (int d = 0; d < size; d += kBytes) {
+      __m512i x[4];
+      for (int i = 0; i < 4; ++i) {
+        x[i] = _mm512_loadu_si512(block[i] + row * size + d);
+        ahead[i].fetch(row * size + d);
       }
+      const __m512i low[2] = {_mm512_unpacklo_epi8(x[0], x[2]), _mm512_unpacklo_epi8(x[1], x[3])};
+      const __m512i high[2] = {_mm512_unpackhi_epi8(x[0], x[2]), _mm512_unpackhi_epi8(x[1], x[3])};
+      int8_t* const at = to + d / kPanel * kTileBytes;
+      _mm512_storeu_si512(at, _mm512_unpacklo_epi16(low[0], low[1]));
+      _mm512_storeu_si512(at + kTileBytes, _mm512_unpackhi_epi16(low[0], low[1]));
+      _mm512_storeu_si512(at + 2 * kTileBytes, _mm512_unpacklo_epi16(high[0], high[1]));
+      _mm512_storeu_si512(at + 3 * kTileBytes, _mm512_unpackhi_epi16(high[0], high[1]));
     }
   }
 }
@@ -228,20 +231,19 @@ void score_few(const PagedRows<int8_t>& keys, int begin, int stop, int last, con
 }
 
 // Weights relative to the largest, as integers of 16 bits: the upper bytes, `part` bytes on the lower. `count` is a
-// multiple of 64, within which packing leaves the keys in the order of pack_values().
+// multiple of 64, within which the keys come in the order of pack_values().
 inline void pack_weights(const float* weights, float largest, int count, int64_t part, uint8_t* to) {
   constexpr float kRound = 8388608.0f;  // 2^23: adding it leaves round(x) in the low bits
   const float unit = largest / kLargestWeight;
   const Float inverse = broadcast(unit < kLeastUnit ? 0 : 1 / unit);
   for (int j = 0; j < count; j += kTile) {
-    __m512i x[4];
-    for (int i = 0; i < 4; ++i)
-      x[i] = (__m512i)((Int)fma(load(weights + j + i * kLanes), inverse, broadcast(kRound)) & 0xffff);
-    const __m512i first = _mm512_packus_epi32(x[0], x[1]), second = _mm512_packus_epi32(x[2], x[3]);
-    const __m512i byte = _mm512_set1_epi16(0xff);
-    _mm512_storeu_si512(to + j, _mm512_packus_epi16(_mm512_srli_epi16(first, 8), _mm512_srli_epi16(second, 8)));
-    _mm512_storeu_si512(to + j + part,
-                        _mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(second, byte)));
+    UInt x[4];
+    for (int i = 0; i < 4; ++i) x[i] = (UInt)fma(load(weights + j + i * kLanes), inverse, broadcast(kRound));
+    const UInt first = (x[0] & 0xffffu) | x[1] << 16, second = (x[2] & 0xffffu) | x[3] << 16;
+    const UInt upper = (first >> 8 & 0xff00ffu) | (second & 0xff00ff00u);
+    const UInt lower = (first & 0xff00ffu) | (second << 8 & 0xff00ff00u);
+    memcpy(to + j, &upper, sizeof upper);
+    memcpy(to + j + part, &lower, sizeof lower);
   }
 }
 
