@@ -36,6 +36,7 @@ SPANS = (Span("head", 0, 30), Span("body", 30, 150), Span("tail", 150, len(PROMP
 SAMPLINGS = {"greedy": SamplingParams(), "drawn": SamplingParams(temperature=0.8, top_p=0.9, seed=3, logprobs=2)}
 
 MakeRig = Callable[..., Rig]
+Spoil = Callable[[StepPlan], None]
 
 
 def load(path: Path, dtype: str) -> LoadedModel:
@@ -189,8 +190,10 @@ class Damaged:
 
     def __init__(self, model: LoadedModel) -> None:
         self._runner = model.runner
-        self.keys = model.runner._cache.rows[:, :, :, 0]  # [L, P, Hkv, B, D]
-        self.spoil: Callable[[StepPlan], None] | None = None
+        cache = model.runner._cache
+        assert cache.scales is not None
+        self.keys, self.scales = cache.rows[:, :, :, 0], cache.scales[:, :, :, 0]  # [L, P, Hkv, B, D], [L, P, Hkv, B]
+        self.spoil: Spoil | None = None
 
     def step(self, plan: StepPlan) -> StepResult:
         if self.spoil is not None and plan.chunks[0].is_decode:
@@ -217,10 +220,10 @@ def test_a_spoilt_page_trips_the_monitor(default_model_path: Path, make_metrics:
         rig.engine.inbox.submit(job)
         return rig.recorder.end_of(request_id)
 
-    def spoil(page: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[StepPlan], None]:
+    def spoil(cache: torch.Tensor, page: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
         def change_once(plan: StepPlan) -> None:
-            keys = runner.keys[:, plan.chunks[0].block_ids[page]]
-            keys.copy_(change(keys))
+            rows = cache[:, plan.chunks[0].block_ids[page]]
+            rows.copy_(change(rows))
             runner.spoil = None
 
         return change_once
@@ -232,15 +235,15 @@ def test_a_spoilt_page_trips_the_monitor(default_model_path: Path, make_metrics:
         for number, prompt in enumerate(usual):
             assert isinstance(ask(str(number), prompt, 2 + MIN_ROWS // MIN_REQUESTS), Finished)
         assert events() == {}
-        runner.spoil = spoil(0, torch.zeros_like)
+        runner.spoil = spoil(runner.keys, 0, torch.zeros_like)
         assert isinstance(ask("emptied", emptied, 5), Finished), "an event is no failure"
         after_emptied = events()
         assert after_emptied["sink_lost"] > 0
-        runner.spoil = spoil(2, lambda keys: torch.randn(keys.shape) * keys.float().std())
+        runner.spoil = spoil(runner.keys, 2, lambda keys: torch.randn(keys.shape) * keys.float().std())
         assert isinstance(ask("made up", made_up, 5), Finished)
         assert events()["sink_lost"] > after_emptied["sink_lost"]
         assert "nan" not in events()
-        runner.spoil = spoil(0, lambda keys: torch.full_like(keys, math.nan))
+        runner.spoil = spoil(runner.scales, 0, lambda scales: torch.full_like(scales, math.nan))
         assert isinstance(ask("no number", no_number, 5), Failed)
         assert events()["nan"] == 1
     finally:
