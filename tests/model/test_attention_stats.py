@@ -97,7 +97,8 @@ def test_equal_float64_from_the_same_queries_and_keys(name: str, isa: str) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize("isa", ISAS)
 def test_narrow_caches(dtype: torch.dtype, isa: str) -> None:
-    """One layer, so that its queries do not depend on the cache: a float32 one tells them."""
+    """One layer, so that its queries do not depend on the cache: a float32 one tells them. AMX tiles round weights to
+    bf16 before they multiply values: that is in the spans' shares."""
     config = replace(BASE, num_layers=1)
     weights, (tokens,), blocks = make_weights(config, native=True), texts(config, 300), list(range(40, 59))
     exact, cache = make_cache(config), make_cache(config, dtype)
@@ -105,7 +106,8 @@ def test_narrow_caches(dtype: torch.dtype, isa: str) -> None:
         read(Runner(config, weights, exact), tokens, [], blocks)
         result = read(Runner(config, weights, cache), tokens, [], blocks, attention=StatsLevel.PAGES, spans=SPANS)
     keys, values = rows_of(cache, 0, blocks, 300), rows_of(cache, 1, blocks, 300)
-    compare(result.attention[0], queries_of(rows_of(exact, 0, blocks, 300)), keys, values, config, 2e-3)
+    tolerance = 2e-3 if isa == "amx" else 1e-4
+    compare(result.attention[0], queries_of(rows_of(exact, 0, blocks, 300)), keys, values, config, tolerance)
 
 
 def test_the_row_of_a_speculating_chunk_is_the_one_that_is_kept() -> None:
