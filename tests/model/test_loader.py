@@ -130,4 +130,4 @@ def test_safetensors_are_quantized_on_request(folder: Path, dtype: str, toleranc
 def _logits(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
     chunk = Chunk("a", tokens, len(tokens), 0, len(tokens), range(1), SamplingParams())
     batch = build_batch(StepPlan((chunk,)), 16, torch.device("cpu"))
-    return loaded.runner._network.logits(batch, loaded.runner._cache)
+    return loaded.runner._network.outputs(batch, loaded.runner._cache).logits
