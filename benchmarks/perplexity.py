@@ -53,7 +53,7 @@ def log_probabilities(path: Path, dtype: str, kv_dtype: str, texts: list[list[in
     for text in texts:
         chunk = Chunk("text", text, WINDOW, 0, WINDOW, list(range(WINDOW // PAGE_SIZE)), SamplingParams())
         batch = build_batch(StepPlan((chunk,)), PAGE_SIZE, torch.device("cpu"))
-        yield network.logits(replace(batch, sampled_rows=torch.arange(WINDOW - 1)), cache).log_softmax(-1)
+        yield network.outputs(replace(batch, sampled_rows=torch.arange(WINDOW - 1)), cache).logits.log_softmax(-1)
 
 
 def main() -> None:
