@@ -287,7 +287,6 @@ def kill_a_client(server: ServerProcess, events: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # 320 tokens twice in fp32, in a minute where nothing else runs
 def test_sixteen_streams_of_the_default_model_are_each_as_if_alone(serve: Serve, default_model_path: Path) -> None:
     server = serve(default_model_path, *ONE_THREAD)
     subjects = ("rain", "bees", "Rome", "chess", "salt", "Mars", "tea", "jazz", "glass", "owls", "paper", "gold")
