@@ -102,6 +102,7 @@ def test_an_answer_says_how_long_others_prompts_held_it_up(make_service: Callabl
         if not beside and any(chunk.request_id == "stream" and chunk.end > 50 for chunk in plan.chunks):
             request = pb.GenerateRequest(text="n" * 300, stop=stop(1), stats=timing)
             beside.append(service.client.generation.Generate.future(request, timeout=WAIT))
+            wait_until(lambda: service.rig.engine.inbox.num_live == 2, "it has arrived")
 
     service.rig.runner.on_step = on_step
     for length in (100, 200, 300):
