@@ -259,15 +259,15 @@ def test_prompts_beside_answers_equal_the_network_of_operations(operations: Call
     batch = replace(one_batch(config), prefill_rows=20)
     try:
         with build.forced_isa("amx"):
-            ours = Network(config, weights).logits(batch, zeros(config))
+            ours = Network(config, weights).outputs(batch, zeros(config)).logits
     except ValueError as error:
         pytest.skip(str(error))
-    theirs = operations(config, weights, 20).logits(batch, zeros(config))
+    theirs = operations(config, weights, 20).outputs(batch, zeros(config)).logits
     apart = errors([ours], [theirs])
     assert apart[:2].max() < 0.005
     assert apart[2:].max() < 0.01
     assert apart[2:].median() < 1e-3
-    exact = operations(config, weights, 0).logits(batch, zeros(config))
+    exact = operations(config, weights, 0).outputs(batch, zeros(config)).logits
     assert errors([exact], [theirs])[2:].median() > 2e-3
 
 
@@ -276,8 +276,10 @@ def test_only_sampled_rows_have_logits_and_all_have_keys(llama: tuple[Network, M
     network, config = llama
     whole, some = zeros(config), zeros(config)
     batch = one_batch(config)
-    exact = network.logits(batch, whole)
-    assert torch.equal(network.logits(replace(batch, sampled_rows=torch.tensor(rows).long()), some), exact[rows])
+    exact = network.outputs(batch, whole).logits
+    assert torch.equal(
+        network.outputs(replace(batch, sampled_rows=torch.tensor(rows).long()), some).logits, exact[rows]
+    )
     assert torch.equal(some.storage, whole.storage)
 
 
@@ -303,16 +305,17 @@ def test_wrong_steps_are_refused_by_name_before_anything_is_written(llama: tuple
         (replace(batch, positions=batch.positions[:-1]), "positions"),
         (replace(batch, token_ids=batch.token_ids.int()), "token_ids"),
         (replace(batch, context_lengths=batch.context_lengths.long()), "context_lengths"),
+        (replace(batch, with_statistics=torch.ones(21, dtype=torch.bool)), "with_statistics"),
     ]
     for step, name in wrong:
         with pytest.raises(ValueError, match=name):
-            network.logits(step, cache)
+            network.outputs(step, cache)
     for other in (
         KVCache(replace(config, num_layers=2), 24, 16, torch.float32, CPU),
         KVCache(config, 9, 8, torch.float32, CPU),
     ):
         with pytest.raises(ValueError, match="caches"):
-            network.logits(batch, other)
+            network.outputs(batch, other)
     assert cache.rows.isnan().all()
 
 
