@@ -10,14 +10,16 @@ namespace {
 struct AttentionScratch {};
 struct AttentionWorkspace {};
 
+template <typename Purpose>
+float* thread_floats(int64_t count) {
+  return reinterpret_cast<float*>(thread_buffer<Purpose>(count * int64_t{sizeof(float)}));
+}
+
 }  // namespace
 
 void attend(const AttentionKernel& kernel, const AttentionParams& p, const Plan& plan, int64_t threads) {
-  constexpr int64_t kFloat = sizeof(float);
-  auto* const workspace = reinterpret_cast<float*>(thread_buffer<AttentionWorkspace>(plan.workspace_floats * kFloat));
-  const auto scratch = [&] {
-    return reinterpret_cast<float*>(thread_buffer<AttentionScratch>(kernel.scratch_floats(p) * kFloat));
-  };
+  float* const workspace = thread_floats<AttentionWorkspace>(plan.workspace_floats);
+  const auto scratch = [&] { return thread_floats<AttentionScratch>(kernel.scratch_floats(p)); };
   parallel_for(plan.num_pieces(), 1, threads, [&](int64_t begin, int64_t end) {
     const int64_t first = plan.piece_begin[begin], last = plan.piece_begin[end];
     kernel.run(p, plan.segments.data() + first, last - first, scratch(), workspace);
