@@ -91,7 +91,7 @@ class StatsRecord:
         row say is of the first."""
         attention, self._latest = self._latest, None
         self._rows_total += len(tokens)
-        told = []
+        told: list[TokenStats] = []
         predicted_gap, stall = account.predicted_gap, account.stall
         for token, gap in zip(tokens, gaps, strict=True):
             told.append(TokenStats(context + len(told), gap, predicted_gap, stall, self._output(token), attention))
