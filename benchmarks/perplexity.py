@@ -63,7 +63,7 @@ def main() -> None:
     options = arguments.parse_args()
     path = resolve_model("default", default_cache_dir())
     texts = windows(path, options.windows)
-    kinds = [("fp32", "fp32"), ("bf16", "bf16"), ("int4", "fp32"), ("int4", "bf16")]
+    kinds = [("fp32", "fp32"), ("bf16", "bf16"), ("int4", "fp32"), ("int4", "bf16"), ("int4", "int8")]
     runs = zip(*(log_probabilities(path, *kind, texts) for kind in kinds), strict=True)
     losses: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     agreement = dict.fromkeys(kinds, 0)

@@ -3,13 +3,15 @@
 `python -m pagestream.kernels.bench` measures the read bandwidth first (float32 sum of 512 MiB, all threads). Then, for
 9 query and 3 KV heads of size 64 in bf16 (SmolLM2-135M) and 32/8 heads of size 128 (Llama-3.1-8B):
 
-- decode: one new row over 1k, 4k and 8k cached tokens. A ring of caches larger than L2 is walked, so KV comes from
-  beyond it. Pages of 32, a head's keys and values side by side, as the server keeps them. SDPA gets contiguous keys and
-  values of the same dtype and `enable_gqa`: it pays for no paging.
+- decode: one new row over 1k, 4k and 8k cached tokens, with bf16 queries and, as quantised models are served, float32
+  queries over bf16 caches (SDPA gets bf16 in both). A ring of caches larger than L2 is walked, so KV comes from beyond
+  it. Pages of 32, a head's keys and values side by side, as the server keeps them. SDPA gets contiguous keys and values
+  and `enable_gqa`: it pays for no paging.
 - prefill: 512 and 2048 rows, causal, in float32 (the exact mode) and bf16; then the last 512 rows of 8k in bf16.
 
-Ours and SDPA alternate; medians of the repetitions. GB/s counts the KV bytes a step must read once. Prints a table, and
-one JSON document as the last line.
+Ours and SDPA take turns; medians of the repetitions. Before each sample its function runs as long uncounted: threads of
+OpenMP spin for milliseconds after their last work, which whoever comes next would pay for. GB/s counts the KV bytes a
+step must read once. Prints a table, and one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class Shape:
     dtype: torch.dtype
     context: int
     rows: int
+    query_dtype: torch.dtype
 
     @property
     def kv_bytes(self) -> int:
@@ -62,6 +65,10 @@ class Result:
         return self.sdpa_us / self.ours_us
 
 
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
 class Workload:
     """The same keys and values twice: in shuffled pages for ours, contiguous for SDPA."""
 
@@ -75,7 +82,8 @@ class Workload:
         order = torch.randperm(self._copies * pages, dtype=torch.int32).view(self._copies, 1, pages)
         self._tables = order.contiguous()
         self._dense = [(self._contiguous(self._key_cache, t), self._contiguous(self._value_cache, t)) for t in order]
-        self._query = torch.randn(shape.rows, shape.num_heads, shape.head_size).to(shape.dtype)
+        self._query = torch.randn(shape.rows, shape.num_heads, shape.head_size).to(shape.query_dtype)
+        self._dense_query = self._query.to(shape.dtype).transpose(0, 1).unsqueeze(0)
         self._out = torch.empty_like(self._query)
         self._starts = torch.tensor([0, shape.rows], dtype=torch.int32)
         self._length = torch.tensor([shape.context], dtype=torch.int32)
@@ -108,13 +116,18 @@ class Workload:
         self._turn += 1
         keys, values = self._dense[self._turn % self._copies]
         torch.nn.functional.scaled_dot_product_attention(
-            self._query.transpose(0, 1).unsqueeze(0),
+            self._dense_query,
             keys,
             values,
             attn_mask=self._mask,
             is_causal=self._shape.rows == self._shape.context > 1,
             enable_gqa=True,
         )
+
+
+def _settled_seconds(function: Callable[[], object], calls: int) -> float:
+    _seconds(function, calls)
+    return _seconds(function, calls)
 
 
 def _seconds(function: Callable[[], object], calls: int) -> float:
@@ -128,10 +141,11 @@ def measure(shape: Shape) -> Result:
     work = Workload(shape)
     functions = (work.ours, work.with_stats, work.sdpa)
     calls = max(1, int(0.02 / max(_seconds(function, 2) for function in functions)))
-    samples = [[_seconds(function, calls) for function in functions] for _ in range(_REPETITIONS)]
+    samples = [[_settled_seconds(function, calls) for function in functions] for _ in range(_REPETITIONS)]
     ours, with_stats, sdpa = (statistics.median(column) for column in zip(*samples, strict=True))
     scores = shape.rows * shape.context - shape.rows * (shape.rows - 1) // 2
-    name = f"{shape.num_heads}/{shape.num_kv_heads} x {shape.head_size} {str(shape.dtype).removeprefix('torch.')}"
+    dtypes = f"{_short(shape.query_dtype)}/{_short(shape.dtype)}"
+    name = f"{shape.num_heads}/{shape.num_kv_heads} x {shape.head_size} {dtypes}"
     flops = 4 * scores * shape.num_heads * shape.head_size
     return Result(
         shape.kind,
@@ -157,12 +171,15 @@ def main() -> None:
     bandwidth = read_bandwidth()
     threads = torch.get_num_threads()
     sys.stdout.write(f"{status.implementation} {status.isa}, {threads} threads, read bandwidth {bandwidth:.1f} GB/s\n")
-    sys.stdout.write(f"{'':8}{'shape':22}{'context':>8}{'ours us':>10}{'stats us':>10}{'SDPA us':>10}")
+    sys.stdout.write(f"{'':8}{'shape: query/cache':22}{'context':>8}{'ours us':>10}{'stats us':>10}{'SDPA us':>10}")
     sys.stdout.write(f"{'SDPA/ours':>10}{'GB/s':>8}{'of read':>8}{'GFLOP/s':>9}\n")
     heads = ((9, 3, 64), (32, 8, 128))
-    shapes = [Shape("decode", *h, torch.bfloat16, n, 1) for h in heads for n in (1024, 4096, 8192)]
-    shapes += [Shape("prefill", *heads[0], d, n, n) for d in (torch.float32, torch.bfloat16) for n in (512, 2048)]
-    shapes.append(Shape("prefill", *heads[0], torch.bfloat16, 8192, 512))
+    wide, narrow = torch.float32, torch.bfloat16
+    shapes = [
+        Shape("decode", *h, narrow, n, 1, query) for h in heads for query in (narrow, wide) for n in (1024, 4096, 8192)
+    ]
+    shapes += [Shape("prefill", *heads[0], d, n, n, d) for d in (wide, narrow) for n in (512, 2048)]
+    shapes.append(Shape("prefill", *heads[0], narrow, 8192, 512, narrow))
     results = []
     for shape in shapes:
         r = measure(shape)

@@ -41,6 +41,8 @@ from pagestream.server.scheduler import Advance, Scheduler
 
 log = logging.getLogger(__name__)
 
+_HANGS_UP_EARLY = 0.05  # seconds before its deadline by our clock: a client's own began when it sent the request
+
 
 class Engine:
     """Owns the scheduler, the runner and the thread they run on.
@@ -135,8 +137,9 @@ class Engine:
             self._give_way()
         for job, seen in mail.cancels:
             if not job.is_finished:  # it may have ended by itself meanwhile
-                self._end(job, FinishReason.CANCELLED)
-                self._metrics.observe_cancel_release("client", self.clock() - seen)
+                in_time = job.deadline is None or seen < job.deadline - _HANGS_UP_EARLY
+                self._end(job, FinishReason.CANCELLED if in_time else FinishReason.DEADLINE)
+                self._metrics.observe_cancel_release("client" if in_time else "deadline", self.clock() - seen)
         for job, tokens in mail.reads:
             self._backpressure.read(job, tokens)
         for question in mail.questions:

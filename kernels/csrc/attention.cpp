@@ -201,7 +201,6 @@ void run(const AttentionParams& p, const Segment* segments, int64_t count, float
 #if defined(__AMX_BF16__)
   if (fits_tiles(p)) {
     const TileScratch scratch(p, memory);
-    configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull});
     using Run = void (*)(const AttentionParams&, const Segment&, const TileScratch&, float*);
     constexpr Run kRun[2][2] = {{run_tiles<BFloat16, false>, run_tiles<BFloat16, true>},
                                 {run_tiles<int8_t, false>, run_tiles<int8_t, true>}};
@@ -231,6 +230,9 @@ void finish(const AttentionParams& p, const Segment& block, float* total_out, co
       const float* slot = workspace + block.workspace_offset + (split * rows + r) * partial_floats(p);
       merge(total, total_out, *reinterpret_cast<const Softmax*>(slot + width), slot, width);
     }
+#if defined(__AMX_BF16__)
+    if (fits_tiles(p)) restore_order(total_out, width);
+#endif
     finish_row(p, Row(p, block, r), total, total_out);
   }
 }

@@ -8,21 +8,22 @@ namespace pagestream {
 namespace {
 
 struct AttentionScratch {};
+struct AttentionWorkspace {};
 
 }  // namespace
 
 void attend(const AttentionKernel& kernel, const AttentionParams& p, const Plan& plan, int64_t threads) {
-  std::vector<float> workspace(plan.workspace_floats);
+  constexpr int64_t kFloat = sizeof(float);
+  auto* const workspace = reinterpret_cast<float*>(thread_buffer<AttentionWorkspace>(plan.workspace_floats * kFloat));
   const auto scratch = [&] {
-    constexpr int64_t kFloat = sizeof(float);
     return reinterpret_cast<float*>(thread_buffer<AttentionScratch>(kernel.scratch_floats(p) * kFloat));
   };
   parallel_for(plan.num_pieces(), 1, threads, [&](int64_t begin, int64_t end) {
     const int64_t first = plan.piece_begin[begin], last = plan.piece_begin[end];
-    kernel.run(p, plan.segments.data() + first, last - first, scratch(), workspace.data());
+    kernel.run(p, plan.segments.data() + first, last - first, scratch(), workspace);
   });
   parallel_for(static_cast<int64_t>(plan.shared.size()), 4, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch(), workspace.data());
+    for (int64_t i = begin; i < end; ++i) kernel.finish(p, plan.shared[i], scratch(), workspace);
   });
 }
 

@@ -142,52 +142,56 @@ inline KVTile tile_of(const PagedRows<int8_t>& rows, int begin, int stop, int la
   return {{memory, &kOnlyPage, 0, __builtin_ctz(kTile), rows.head_size}, 0, min(kTile, stop - begin), 0};
 }
 
-// scores[row][key] of at most 16 rows, whose transposed tiles are `query`: over 64 keys, as they lie in their page.
-template <int kParts>
+// Numbers of kColumns vectors, 16 keys after one another with kColumns rows each, become kColumns rows of 16 keys. Each
+// round moves the lowest bit of an element's place to the top.
+template <int kColumns>
+inline void split_columns(Float (&x)[kColumns]) {
+  const Int kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, kOdd = kEven + 1;
+  for (int round = 1; round < kColumns; round *= 2) {
+    Float next[kColumns];
+    for (int i = 0; i < kColumns / 2; ++i) {
+      next[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], kEven);
+      next[i + kColumns / 2] = __builtin_shuffle(x[2 * i], x[2 * i + 1], kOdd);
+    }
+    for (int i = 0; i < kColumns; ++i) x[i] = next[i];
+  }
+}
+
+// For a few rows: tile 0 for the scores of 16 keys and 1 for the query's columns, 2 to 5 for outputs and 7 for weights,
+// 6 for keys and values.
+template <int kColumns>
+inline void configure_few() {
+  constexpr TileShape kScores{kPanel, kColumns * sizeof(float)}, kRows{kColumns, kFull.bytes_per_row};
+  configure_tiles({kScores, kScores, kRows, kRows, kRows, kRows, kFull, kRows});
+}
+
+// scores[row][key] of at most kColumns rows, whose transposed tiles are `query`: over 64 keys, as they lie in their page.
+template <int kParts, int kColumns>
 void score_few(const KVTile& tile, const BFloat16* query, int rows, float* scores) {
   const auto& [keys, begin, stop, last] = tile;
-  const BFloat16* ahead[4];
-  for (int i = 0; i < 4; ++i) {
-    const int key = begin + kTile + i * kPanel;
-    ahead[i] = key < last ? keys.at(key) : nullptr;
-  }
-  const BFloat16* block[4];  // past the end, keys that nobody looks at
-  for (int i = 0; i < 4; ++i) block[i] = keys.at(min(begin + i * kPanel, (stop - 1) / kPanel * kPanel));
+  Float columns[4][kColumns];
   finish_stores();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const BFloat16* q = query;
-  for (int d = 0; d < keys.head_size; d += kDepth, q += kParts * kTileElements) {
-    const int64_t row_bytes = keys.head_size * sizeof(BFloat16);
-    _tile_loadd(6, q, 64);
-    if constexpr (kParts == 2) _tile_loadd(7, q + kTileElements, 64);
-    if (ahead[0] != nullptr) prefetch(ahead[0] + d * kPanel);
-    _tile_loadd(4, block[0] + d, row_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kParts == 2) _tile_dpbf16ps(0, 4, 7);
-    if (ahead[1] != nullptr) prefetch(ahead[1] + d * kPanel);
-    _tile_loadd(5, block[1] + d, row_bytes);
-    _tile_dpbf16ps(1, 5, 6);
-    if constexpr (kParts == 2) _tile_dpbf16ps(1, 5, 7);
-    if (ahead[2] != nullptr) prefetch(ahead[2] + d * kPanel);
-    _tile_loadd(4, block[2] + d, row_bytes);
-    _tile_dpbf16ps(2, 4, 6);
-    if constexpr (kParts == 2) _tile_dpbf16ps(2, 4, 7);
-    if (ahead[3] != nullptr) prefetch(ahead[3] + d * kPanel);
-    _tile_loadd(5, block[3] + d, row_bytes);
-    _tile_dpbf16ps(3, 5, 6);
-    if constexpr (kParts == 2) _tile_dpbf16ps(3, 5, 7);
-  }
-  Float square[4][kPanel];  // key by row
-  _tile_stored(0, square[0], 64);
-  _tile_stored(1, square[1], 64);
-  _tile_stored(2, square[2], 64);
-  _tile_stored(3, square[3], 64);
   for (int i = 0; i < 4; ++i) {
-    transpose(square[i]);
-    for (int r = 0; r < rows; ++r) store(scores + r * kScoreRow + i * kPanel, square[i][r]);
+    const int key = begin + i * kPanel, ahead = key + kTile;
+    const BFloat16* const block = keys.at(min(key, (stop - 1) / kPanel * kPanel));  // past the end nobody looks at them
+    const BFloat16* const next = ahead < last ? keys.at(ahead) : nullptr;
+    const BFloat16* q = query;
+    _tile_zero(0);
+    for (int d = 0; d < keys.head_size; d += kDepth, q += kParts * kTileElements) {
+      if (next != nullptr) prefetch(next + d * kPanel);
+      _tile_loadd(6, block + d, keys.head_size * sizeof(BFloat16));
+      _tile_loadd(1, q, 64);
+      _tile_dpbf16ps(0, 6, 1);
+      if constexpr (kParts == 2) {
+        _tile_loadd(1, q + kTileElements, 64);
+        _tile_dpbf16ps(0, 6, 1);
+      }
+    }
+    _tile_stored(0, columns[i], kColumns * sizeof(float));
+  }
+  for (int i = 0; i < 4; ++i) {
+    split_columns(columns[i]);
+    for (int r = 0; r < rows; ++r) store(scores + r * kScoreRow + i * kPanel, columns[i][r]);
   }
 }
 
@@ -201,30 +205,56 @@ void pack_keys(const KVTile& tile, BFloat16* to) {
   }
 }
 
-// Two rows of 32 numbers as two tile rows of 16 pairs. Interleaving works within 128 bits: two moves restore the order.
+// Two rows of 32 numbers as two tile rows of 16 pairs. Interleaving works within 128 bits, so the columns come in the
+// order 0-3 8-11 16-19 24-27 and 4-7 12-15 20-23 28-31: see restore_order().
 inline void interleave(__m512i even, __m512i odd, BFloat16* first, BFloat16* second) {
-  const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
-  _mm512_storeu_si512(first, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
-  _mm512_storeu_si512(second, _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
+  _mm512_storeu_si512(first, _mm512_unpacklo_epi16(even, odd));
+  _mm512_storeu_si512(second, _mm512_unpackhi_epi16(even, odd));
 }
 
-// 64 values as tiles of pairs of keys: 32 keys after 32 keys, each D / 16 tiles. From `stop` on they are 0.
-void pack_values(const KVTile& tile, BFloat16* to) {
+// The columns of a row of products with values that were packed, in their own order again.
+inline void restore_order(float* row, int width) {
+  const Int kFirst = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23}, kSecond = kFirst + 8;
+  for (int d = 0; d < width; d += kDepth) {
+    const Float low = load(row + d), high = load(row + d + kLanes);
+    store(row + d, __builtin_shuffle(low, high, kFirst));
+    store(row + d + kLanes, __builtin_shuffle(low, high, kSecond));
+  }
+}
+
+// 32 values from the tile's row `first` on, columns [d, d + 64), as four tiles of pairs of keys. Beyond its end they are 0.
+inline void pack_values(const KVTile& tile, int first, int d, BFloat16* to) {
   const auto& [values, begin, stop, last] = tile;
   const int size = values.head_size;
-  for (int key = begin; key < begin + kTile; key += kPanel) {
-    const BFloat16* row = key < stop ? values.at(key) : nullptr;
-    const BFloat16* const ahead = key + kTile < last ? values.at(key + kTile) : nullptr;
-    BFloat16* const tiles = to + (key - begin) / kDepth * kDepth * size + (key - begin) % kDepth / 2 * kDepth;
-    for (int i = 0; i < kPanel; i += 2, row += 2 * size) {
-      if (ahead != nullptr && i * size % 512 == 0) prefetch(ahead + i * size);
-      for (int d = 0; d < size; d += kDepth) {
-        const __m512i even = key + i < stop ? _mm512_loadu_si512(row + d) : __m512i{};
-        const __m512i odd = key + i + 1 < stop ? _mm512_loadu_si512(row + size + d) : __m512i{};
-        BFloat16* const at = tiles + d / kPanel * kTileElements + i / 2 * kDepth;
+  for (int key = begin + first; key < begin + first + kDepth; key += kPanel) {
+    const BFloat16* row = key < stop ? values.at(key) + d : nullptr;
+    const BFloat16* next = d == 0 && key + kTile < last ? values.at(key + kTile) : nullptr;
+    for (int i = 0; i < kPanel; i += 2, row += 2 * size, to += kDepth) {
+      if (next != nullptr && i * size % 512 == 0) prefetch(next + i * size);
+      for (int half = 0; half < 2; ++half) {
+        const __m512i even = key + i < stop ? _mm512_loadu_si512(row + half * kDepth) : __m512i{};
+        const __m512i odd = key + i + 1 < stop ? _mm512_loadu_si512(row + size + half * kDepth) : __m512i{};
+        BFloat16* const at = to + 2 * half * kTileElements;
         interleave(even, odd, at, at + kTileElements);
       }
     }
+  }
+}
+
+// Tiles 2 to 5 += weights [rows, 64] x columns [d, d + 64) of 64 values, which are packed on the way.
+inline void add_values(const KVTile& tile, int d, const BFloat16* weights, BFloat16* packed) {
+  for (int first = 0; first < kTile; first += kDepth, packed += 4 * kTileElements) {
+    pack_values(tile, first, d, packed);
+    finish_stores();
+    _tile_loadd(7, weights + first, kWeightRow * sizeof(BFloat16));
+    _tile_loadd(6, packed, 64);
+    _tile_dpbf16ps(2, 7, 6);
+    _tile_loadd(6, packed + kTileElements, 64);
+    _tile_dpbf16ps(3, 7, 6);
+    _tile_loadd(6, packed + 2 * kTileElements, 64);
+    _tile_dpbf16ps(4, 7, 6);
+    _tile_loadd(6, packed + 3 * kTileElements, 64);
+    _tile_dpbf16ps(5, 7, 6);
   }
 }
 

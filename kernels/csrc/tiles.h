@@ -168,11 +168,40 @@ void sum_values(const TileScratch& scratch, int rows, int count, int head_size) 
               rows, head_size);
 }
 
+// out [rows, D], in the order of packed columns, of a few rows: weights x values of positions [begin, stop).
+template <typename T>
+void sum_few(const PagedRows<T>& values, int begin, int stop, int last, const TileScratch& scratch) {
+  const int64_t size = values.head_size, row_bytes = size * int64_t{sizeof(float)};
+  for (int d = 0; d < size; d += 4 * kPanel) {
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int key = begin; key < stop; key += kTile)
+      add_values(tile_of(values, key, stop, last, scratch.widened), d, scratch.weights + key - begin, scratch.values);
+    float* const out = scratch.out + d;
+    _tile_stored(2, out, row_bytes);
+    _tile_stored(3, out + kPanel, row_bytes);
+    _tile_stored(4, out + 2 * kPanel, row_bytes);
+    _tile_stored(5, out + 3 * kPanel, row_bytes);
+  }
+}
+
+struct FewRows {
+  void (*configure)();
+  void (*score[2])(const KVTile&, const BFloat16*, int, float*);  // of queries of one and of two parts
+};
+
+template <int kColumns>
+constexpr FewRows kFewRows = {configure_few<kColumns>, {score_few<1, kColumns>, score_few<2, kColumns>}};
+
+inline void configure_many() { configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull}); }
+
 template <typename T, bool kWithStats>
 void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& scratch, float* workspace) {
   const int rows = s.num_positions * group_size(p), size = p.head_size, parts = query_parts(p);
   const bool few = rows <= kPanel;
-  const auto score = parts == 1 ? score_few<1> : score_few<2>;
+  const FewRows& narrowest = rows <= 4 ? kFewRows<4> : rows <= 8 ? kFewRows<8> : kFewRows<16>;
   const int end = s.first_position + s.num_positions;  // no row sees position `end` or beyond
   const int last = min(end, s.tile_end * kTile);
   const auto keys = paged_rows<T>(p, s, p.key_cache, p.key_page_stride, p.key_head_stride);
@@ -184,20 +213,30 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
     load_query_tiles(p, scratch.rows[r], scratch.query + r * size * parts);
     scratch.total[r] = Softmax();
   }
-  if (few)
+  if (few) {
+    narrowest.configure();
     for (int d = 0; d < size * parts; d += kDepth)
       transpose_pairs(scratch.query + d, size * parts, scratch.keys + d * kPanel);
+  } else {
+    configure_many();
+  }
   memset(scratch.total_out, 0, sizeof(float) * rows * size);
   for (int tile = s.tile_begin; tile < s.tile_end;) {
     const int split = tile / kTilesPerSplit, begin = tile * kTile;
     tile = min((split + 1) * kTilesPerSplit, s.tile_end);
     const int stop = min(tile * kTile, end);
-    for (int key = begin; key < stop; key += kTile) {  // in the order in which memory holds a page
+    for (int key = begin; key < stop; key += kTile) {
       const int at = key - begin;
       const KVTile key_tile = tile_of(keys, key, stop, last, scratch.widened);
-      if (few) score(key_tile, scratch.keys, rows, scratch.scores + at);
-      else pack_keys(key_tile, scratch.keys + at * size);
-      pack_values(tile_of(values, key, stop, last, scratch.widened), scratch.values + at * size);
+      if (few) {
+        narrowest.score[parts - 1](key_tile, scratch.keys, rows, scratch.scores + at);
+      } else {
+        pack_keys(key_tile, scratch.keys + at * size);
+        const KVTile value_tile = tile_of(values, key, stop, last, scratch.widened);
+        for (int first = 0; first < kTile; first += kDepth)
+          for (int d = 0; d < size; d += 4 * kPanel)
+            pack_values(value_tile, first, d, scratch.values + (at + first) * size + d * kDepth);
+      }
       if constexpr (kScaled) {
         load_scales(scales.keys, key, stop, last, scratch.key_scales + at);
         load_scales(scales.values, key, stop, last, scratch.value_scales + at);
@@ -213,7 +252,11 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
       }
       Softmax part[2 * kPanel];
       weigh_panels<kWithStats, kScaled>(p, scratch, first, panel_rows, begin, begin + count, part);
-      sum_values(scratch, panel_rows, count, size);
+      if (few) {
+        sum_few(values, begin, stop, last, scratch);
+      } else {
+        sum_values(scratch, panel_rows, count, size);
+      }
       for (int r = 0; r < panel_rows; ++r) {
         const float* const out = scratch.out + r * size;
         if (s.is_partial) {
@@ -228,7 +271,10 @@ void run_tiles(const AttentionParams& p, const Segment& s, const TileScratch& sc
     }
   }
   if (s.is_partial) return;
-  for (int r = 0; r < rows; ++r) finish_row(p, scratch.rows[r], scratch.total[r], scratch.total_out + r * size);
+  for (int r = 0; r < rows; ++r) {
+    restore_order(scratch.total_out + r * size, size);
+    finish_row(p, scratch.rows[r], scratch.total[r], scratch.total_out + r * size);
+  }
 }
 
 }  // namespace

@@ -78,10 +78,10 @@ const CONTEXT_AXIS = {
   text: (n) => `${tokensText(n)} tokens`,
 };
 
-// A minute at least: around a single point uPlot would put years.
+// A minute at least, and by the data themselves: around a single point uPlot would put a day.
 const TIME_AXIS = {
   label: "time",
-  scale: { time: true, range: (_, low, high) => [Math.min(low, high - 60), high] },
+  scale: { time: true, range: ({ data: [times] }) => [Math.min(times[0], times.at(-1) - 60), times.at(-1)] },
   values: (_, splits) => splits.map((t, i) => (i % 2 ? "" : clockText(t))),
   text: (t) => clockText(t),
 };

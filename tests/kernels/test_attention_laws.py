@@ -38,8 +38,9 @@ def test_t1_it_is_kernel_regression(kernel, n, size, rows, sharpness, sink, seed
     q, k, v = triple(kernel, rows, n, size, seed)
     scale = sharpness * size**-0.5
     if sink and sharpness:
-        q[:, -1], k[:, -1] = kernel.round(torch.tensor(4.0)), 0
-        k[0, -1] = kernel.round(torch.tensor(3 / scale))  # 12 above the others
+        q[:, -1], k[:, -1] = 4, 0
+        k[0, -1] = 3 / scale  # 12 above the others
+        q, k = kernel.round(q), kernel.round(k)
     seen, p = kernel(q, k, v, scale=scale), weights(q, k, scale)
     kernel.check_out(seen.out, p @ v.double().numpy(), v)
     kernel.check_stats(seen.stats[:, ENTROPY], entropy(p))

@@ -58,6 +58,26 @@ def test_alone_in_a_batch_and_in_any_chunks(cpp_attend, helpers, dtype, query_dt
                 assert torch.equal(alone.page_masses, together.page_masses[rows]), (sequence, start, stop)
 
 
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 8, 16])
+def test_few_rows_have_the_bits_of_many(cpp_attend, helpers, group, head_size):
+    """One row, and a few at once as speculation has them: up to 4, 8, 16 and more rows of a KV head."""
+    batch = helpers.random_batch(
+        [(40, 600)],
+        dtype=torch.bfloat16,
+        query_dtype=torch.float32,
+        heads=(group, 1),
+        head_size=head_size,
+        page_size=16,
+    )
+    together = cpp_attend(batch)
+    for start, stop in ((39, 40), (10, 11), (30, 32), (20, 24), (7, 12)):
+        alone = cpp_attend(rows_of(batch, 0, slice(start, stop)))
+        assert torch.equal(alone.out, together.out[start:stop])
+        assert torch.equal(alone.stats, together.stats[start:stop])
+        assert torch.equal(alone.page_masses, together.page_masses[start:stop])
+
+
 def test_any_number_of_threads_and_any_page_size(cpp_attend, helpers):
     """Threads cut blocks at other splits, pages move the rows: neither reaches a bit."""
     lengths = [(1, 3000), (1, 40), (70, 900)]

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from pagestream.model.step import StepPlan
+from pagestream.server.metrics import Metrics
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import insight_pb2, stats_pb2
 from pagestream.v1.insight_pb2_grpc import InsightServiceStub
 from tests.support.client import Client, refused
-from tests.support.fakes import FakeClock
+from tests.support.fakes import FakeClock, Rig
 from tests.support.service import KV_CAPACITY, Service, stop
 from tests.support.waiting import WAIT, wait_until
 
@@ -71,6 +72,33 @@ def test_what_is_estimated_is_what_comes_to_pass(make_service: Callable[..., Ser
     assert expected == pytest.approx(11 * 0.01 + 700 * 0.002, rel=0.05)
     assert estimate(service.client, text="D" * 400).cached_tokens == 399
     wait_until(service.is_idle, "nothing is held")
+
+
+def test_the_metric_of_it_is_of_now_when_all_that_waited_have_left(make_metrics: Callable[..., Metrics]) -> None:
+    clock = FakeClock()
+    rig = Rig(make_metrics(clock), num_blocks=1000, clock=clock)
+
+    def on_step(plan: StepPlan) -> None:
+        clock.now += 0.01 + sum(0.002 * chunk.length for chunk in plan.chunks)
+
+    def shown() -> float:
+        return rig.metrics.read().values["predicted_ttft_seconds"][()]
+
+    rig.runner.on_step = on_step
+    rig.submit("warm-up", prompt="w" * 640, max_new_tokens=20)
+    rig.recorder.end_of("warm-up")
+    rig.runner.hold()
+    jobs = [rig.submit(str(number), prompt=str(number) * 640, max_new_tokens=9) for number in range(9)]
+    rig.runner.allow(10)
+    rig.runner.wait_until_held()
+    crowded = shown()
+    rig.engine.inbox.cancel(*jobs)
+    rig.runner.allow()
+    now, _ = (rig.engine.estimate(b"n" * 32, "").result(WAIT) for _ in range(2))
+    rig.close()
+    assert now.first_token is not None
+    assert shown() == pytest.approx(now.first_token)
+    assert crowded > 2 * shown()
 
 
 def test_a_real_model_takes_about_as_long_as_estimated(serve: Callable[..., Any], tiny_model_path: Path) -> None:
