@@ -159,7 +159,7 @@ inline Plan make_plan(const AttentionParams& p, int64_t threads, int64_t partial
   for (size_t i = 1; i <= plan.segments.size(); ++i) plan.piece_begin.push_back(static_cast<int64_t>(i));
   const int64_t left = cost(p, few), most = threads == 1 ? 1 : threads * kPiecesPerThread;
   if (left > 0) {
-    const int64_t share = std::max(int64_t{1}, most * left / total);  // as many pieces as cost as much
+    const int64_t share = std::max(threads, most * left / total);  // of the pieces, as of the cost
     cut_splits(p, few, std::clamp(left / kMinCostPerPiece, int64_t{1}, share), partial_floats, plan);
   }
   return plan;
