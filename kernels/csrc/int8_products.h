@@ -1,7 +1,7 @@
 // Products over int8 caches in AMX tiles of integers. A query counts as integers of 24 bits, its weights as integers of
-// 16 bits, both in bytes ("parts") whose products with the codes of keys and values are exact: a row's bits depend neither
-// on the rows beside it nor on the order of the sums. Scales of keys multiply the scores; those of values the weights,
-// before they become integers.
+// 16 bits, both in bytes ("parts") whose products with the codes of keys and values are exact: a row's bits depend
+// neither on the rows beside it nor on the order of the sums. Scales of keys multiply the scores; those of values the
+// weights, before they become integers.
 #pragma once
 
 #include "tile_rows.h"
@@ -13,7 +13,7 @@ constexpr int kBytes = 64;                            // numbers in a row of a t
 constexpr int kTileBytes = kPanel * kBytes;
 constexpr int kWeightBytesRow = kSplit + kBytes, kSumRow = kTile + kPanel;
 constexpr float kLargestQuery = 0x7f7f7f;             // what three signed bytes hold
-constexpr float kQuerySum = 0xffffff - 1024;          // of a head's sizes: with bytes, products add up to less than 2^31
+constexpr float kQuerySum = 0xffffff - 1024;          // of sizes: with bytes, products add up to less than 2^31
 constexpr float kLargestWeight = 0xffff;
 constexpr float kLeastUnit = 1e-36f;                  // below it the inverse may be no float: such a row counts as 0
 
@@ -140,8 +140,8 @@ inline void transpose_fours(const int8_t* from, int64_t row, Ahead ahead, int8_t
   for (int i = 0; i < kPanel; ++i) memcpy(to + i * kBytes, &square[i], sizeof(Float));
 }
 
-// 64 keys from position `begin` on, 16 after 16, each D / 64 tiles. From `stop` on nothing is written; up to `last` keys
-// are fetched ahead.
+// 64 keys from position `begin` on, 16 after 16, each D / 64 tiles. From `stop` on nothing is written; up to `last`
+// keys are fetched ahead.
 void pack_keys(const PagedRows<int8_t>& keys, int begin, int stop, int last, int8_t* to) {
   const int size = keys.head_size;
   for (int key = begin; key < min(begin + kTile, stop); key += kPanel) {
@@ -196,8 +196,8 @@ inline void add_query_parts(const int32_t* sums, int rows, const float* key_scal
     for (int j = 0; j < kTile; j += kLanes) store(scores + j, add_query_parts(sums + j, part) * load(key_scales + j));
 }
 
-// scores[row][key] of at most kColumns rows over 64 keys as they lie in their page, from tiles of the query: parts, each
-// D / 64. In tiles of configure_few<kColumns>().
+// scores[row][key] of at most kColumns rows over 64 keys as they lie in their page, from tiles of the query: parts of
+// D / 64 each. In tiles of configure_few<kColumns>().
 template <int kColumns>
 void score_few(const PagedRows<int8_t>& keys, int begin, int stop, int last, const int8_t* query, int rows,
                const float* key_scales, float* scores) {

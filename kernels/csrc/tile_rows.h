@@ -26,7 +26,9 @@ struct Arena {
 
 inline void configure_many() { configure_tiles({kFull, kFull, kFull, kFull, kFull, kFull, kFull, kFull}); }
 
-inline int64_t most_rows(const AttentionParams& p) { return round_up(max(kMaxRowsPerBlock, group_size(p)), 2 * kPanel); }
+inline int64_t most_rows(const AttentionParams& p) {
+  return round_up(max(kMaxRowsPerBlock, group_size(p)), 2 * kPanel);
+}
 
 // Numbers of kColumns vectors, 16 keys after one another with kColumns rows each, become kColumns rows of 16 keys. Each
 // round moves the lowest bit of an element's place to the top.
@@ -64,9 +66,9 @@ inline auto with_query(const AttentionParams& p, const Row& row, Split split) {
 
 inline float sign_of_scale(const AttentionParams& p) { return (p.scale > 0) - (p.scale < 0); }
 
-// The scores of one row become weights 2^(c (s - m)), of which keep(j, weights) gets 32 at a time and, with statistics, the
-// scores' place all; keys outside [lo, hi) get 0, up to `count`, a multiple of 64. Sums run in two chains over vectors
-// counted from the split's start.
+// The scores of one row become weights 2^(c (s - m)), of which keep(j, weights) gets 32 at a time and, with statistics,
+// the scores' place all; keys outside [lo, hi) get 0, up to `count`, a multiple of 64. Sums run in two chains over
+// vectors counted from the split's start.
 template <bool kWithStats, typename Keep>
 inline Softmax weigh(float* scores, int lo, int hi, int count, float c, Keep keep) {
   for (int j = 0; (lo > 0 || hi < count) && j < count; j += kLanes) {

@@ -1,6 +1,6 @@
-// Attention over bfloat16 and int8 caches with AMX: a block of query rows takes the keys split by split (256). Within a split
-// all scores come first, then the weights from their true maximum, then the values. Statistics and sums of weights are
-// float32; what multiplies keys and values, and in which arithmetic, is the operands' matter: Bf16Operands, Int8Operands.
+// Attention over bfloat16 and int8 caches with AMX: a block of query rows takes the keys split by split (256). Within a
+// split all scores come first, then the weights from their true maximum, then the values. Statistics, sums of weights
+// are float32; what multiplies keys and values, in which arithmetic, is the matter of Bf16Operands and Int8Operands.
 #pragma once
 
 #include "tile_products.h"
@@ -111,8 +111,8 @@ class Bf16Operands {
   // Of the split's positions [begin, stop): the columns are in the order of packed values.
   void sum_values(int begin, int stop, int last, int rows, int count, float* out) {
     if (few_ > 0) return sum_few(value_rows_, begin, stop, last, weights_, values_, out);
-    multiply<1>({weights_, kWeightRow, values_, int64_t{kDepth} * size_, kTileElements, count / kDepth, out, size_}, rows,
-                size_);
+    multiply<1>({weights_, kWeightRow, values_, int64_t{kDepth} * size_, kTileElements, count / kDepth, out, size_},
+                rows, size_);
   }
 
  private:
@@ -243,7 +243,8 @@ void run_all(const AttentionParams& p, const Segment* segments, int64_t count, f
              bool (*with_stats)(const AttentionParams&, const Segment&)) {
   TileScratch<Operands> scratch(p, memory);
   constexpr auto kPlain = run_tiles<Operands, false>, kObserved = run_tiles<Operands, true>;
-  for (int64_t i = 0; i < count; ++i) (with_stats(p, segments[i]) ? kObserved : kPlain)(p, segments[i], scratch, workspace);
+  for (int64_t i = 0; i < count; ++i)
+    (with_stats(p, segments[i]) ? kObserved : kPlain)(p, segments[i], scratch, workspace);
   _tile_release();
 }
 

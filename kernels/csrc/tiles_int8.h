@@ -40,7 +40,8 @@ class Int8Operands {
     }
     const int steps = size_ / kBytes;
     for (int tile = 0; few_ > 0 && tile < kQueryParts * steps; ++tile)
-      transpose_fours(query_ + tile / steps * few_ * size_ + tile % steps * kBytes, size_, {}, keys_ + tile * kTileBytes);
+      transpose_fours(query_ + tile / steps * few_ * size_ + tile % steps * kBytes, size_, {},
+                      keys_ + tile * kTileBytes);
   }
 
   void read(int begin, int stop, int last, int at, float* scores) {
