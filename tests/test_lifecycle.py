@@ -69,16 +69,16 @@ def test_a_server_that_is_still_loading_stops_when_told(serve: Serve, slow_model
 
 
 def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> None:
-    server = serve(tiny_model_path, *ONE_THREAD)
+    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "120")
     client = server.connect()
-    running = client.open(text="x", stop=stop(1500, ignore_eos=True), output=UNREAD)
+    running = client.open(text="x", stop=stop(1000, ignore_eos=True), output=UNREAD)
     next(running)
     server.terminate()
     server.wait_for_log("draining")
     with refused("UNAVAILABLE", "DRAINING") as refusal:
         client.stream(text="x")
-    assert refusal.got.retry_after == 30
-    assert list(running)[-1].finished.usage.output_tokens == 1500
+    assert refusal.got.retry_after == 120
+    assert list(running)[-1].finished.usage.output_tokens == 1000
     assert server.wait_for_exit() == 0
     client.close()
 
@@ -98,8 +98,8 @@ def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> N
 
 
 def test_when_the_grace_is_over_the_rest_ends_with_what_it_has(serve: Serve, tiny_model_path: Path) -> None:
-    """A short answer ends inside the grace of two seconds; a long one and one that nobody reads do not."""
-    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "2", "--max-running", "2")
+    """A short answer ends inside the grace of four seconds; a long one and one that nobody reads do not."""
+    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "4", "--max-running", "2")
     client = server.connect()
     watching = client.watch()
     assert next(watching) == SERVING
@@ -112,7 +112,7 @@ def test_when_the_grace_is_over_the_rest_ends_with_what_it_has(serve: Serve, tin
     assert next(watching) == NOT_SERVING
     with refused("UNAVAILABLE", "DRAINING") as refusal:
         client.stream(text="x")
-    assert refusal.got.retry_after == 2
+    assert refusal.got.retry_after == 4
     assert list(calls[0])[-1].finished.usage.output_tokens == 20
     for call in (calls[1], calls[3]):
         with refused("UNAVAILABLE", "DRAINING") as refusal:

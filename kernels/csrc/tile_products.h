@@ -165,7 +165,7 @@ inline void configure_few() {
   configure_tiles({kScores, kScores, kRows, kRows, kRows, kRows, kFull, kRows});
 }
 
-// scores[row][key] of at most kColumns rows, whose transposed tiles are `query`: over 64 keys, as they lie in their page.
+// scores[row][key] of at most kColumns rows, whose transposed tiles are `query`: 64 keys, as they lie in their page.
 template <int kParts, int kColumns>
 void score_few(const KVTile& tile, const BFloat16* query, int rows, float* scores) {
   const auto& [keys, begin, stop, last] = tile;
@@ -222,7 +222,7 @@ inline void restore_order(float* row, int width) {
   }
 }
 
-// 32 values from the tile's row `first` on, columns [d, d + 64), as four tiles of pairs of keys. Beyond its end they are 0.
+// 32 values from row `first` of the tile on, columns [d, d + 64), as four tiles of pairs of keys. Beyond its end: 0.
 inline void pack_values(const KVTile& tile, int first, int d, BFloat16* to) {
   const auto& [values, begin, stop, last] = tile;
   const int size = values.head_size;

@@ -19,13 +19,13 @@ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 struct TileScratch {
   BFloat16 *query;    // [rows, D / 32, parts, 32]
   BFloat16 *keys;     // few rows: the query's tiles, transposed; many: those of the split's keys
-  BFloat16 *values;   // tiles of the split's values, rows in pairs
+  BFloat16 *values;   // tiles of the split's values, rows in pairs; few rows: of 64 of them at a time
   BFloat16 *weights;  // [32, kWeightRow]
   BFloat16 *widened;  // [64, D]: a tile of int8 keys or values
   float *key_scales, *value_scales;  // [kSplit]: of int8 caches
   float *scores;      // [32, kScoreRow]
-  float *out;         // [32, D]: of one split
-  float *total_out;   // [rows, D]
+  float *out;         // [32, D]: of one split, columns as packed
+  float *total_out;   // [rows, D], likewise
   Softmax* total;     // [rows]
   Row* rows;
 

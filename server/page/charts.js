@@ -50,7 +50,7 @@ class Chart {
         { ...axis, values: (_, splits) => splits.map((v) => (v === null ? "" : y.text(v))), size: 64, filter: y.filter },
       ],
       series: [
-        { label: x.label, value: (_, v) => (v === null ? "–" : x.text(v)) },
+        { label: x.label, value: (_, v) => (v === null ? "" : x.text(v)) },
         ...series.map((one) => ({
           label: one.label,
           stroke: colour(one.colour),
@@ -59,7 +59,7 @@ class Chart {
           fill: one.fill ? `${colour(one.colour)}55` : undefined,
           points: { show: Boolean(one.points), size: 7, fill: colour(one.colour) },
           spanGaps: true,
-          value: (_, v) => (v === null || v === undefined ? "–" : y.text(v)),
+          value: (_, v) => (v === null || v === undefined ? "" : y.text(v)),
         })),
       ],
     };

@@ -180,7 +180,7 @@ def test_the_live_page_in_a_browser(width: int, busy: ServerProcess, tmp_path: P
     page = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", *quiet, "--enable-logging=stderr", f"--user-data-dir={tmp_path}",
          f"--window-size={width},1000", "--virtual-time-budget=7000", "--dump-dom", f"http://{busy.http_address}/"],
-        check=True, capture_output=True, text=True, timeout=60,
+        check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     after = get_json(f"http://{busy.http_address}/live.json")["families"]
     dom = page.stdout

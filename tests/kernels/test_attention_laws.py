@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from tests.kernels.laws import ENTROPY, LSE, P_MAX, RECENT, SINK, divergence, entropy, normal, weights
 from tests.kernels.oracle import compare
 
-any_inputs = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_inputs = settings(
+    max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def triple(kernel, rows, n, size=64, seed=0):

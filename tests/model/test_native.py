@@ -79,13 +79,18 @@ def bits_of(name: str) -> Bits:
     return 4 if name.startswith("model.layers.") and "v_proj" not in name else 8
 
 
-def quantized(model: PreTrainedModel, config: ModelConfig) -> Weights:
+def bits_apart(name: str) -> Bits:
+    """Gates in 4 bits beside what they multiply in 8, so that their product is in two parts as well."""
+    return 8 if "up_proj" in name else bits_of(name)
+
+
+def quantized(model: PreTrainedModel, config: ModelConfig, bits: Callable[[str], Bits] = bits_of) -> Weights:
     """The model's matrices in groups; the model itself gets the values that groups stand for."""
     state = model.state_dict()
     groups: dict[str, Groups] = {}
     for name, shape in expected_tensors(config).items():
         if len(shape) == 2:
-            packed = quantize(state[name], bits_of(name))
+            packed = quantize(state[name], bits(name))
             state[name].copy_(values(packed))
             groups[name] = packed
     quantized = PackedMatrices(dict.fromkeys(groups, 8), groups.__getitem__, [], None)
@@ -253,9 +258,16 @@ def zeros(config: ModelConfig) -> KVCache:
     return cache
 
 
-def test_prompts_beside_answers_equal_the_network_of_operations(operations: Callable[..., Network]) -> None:
-    make, config = CASES["qwen2, window in the upper layers"]
-    weights = quantized(randomised(make()), config)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("qwen2, window in the upper layers", bits_of), ("llama, biases", bits_of), ("llama", bits_apart)],
+)
+def test_prompts_beside_answers_equal_the_network_of_operations(
+    operations: Callable[..., Network], name: str, bits: Callable[[str], Bits]
+) -> None:
+    """Where gates are made on the way out of their product, and where a bias or a second part forbids it."""
+    make, config = CASES[name]
+    weights = quantized(randomised(make()), config, bits)
     batch = replace(one_batch(config), prefill_rows=20)
     try:
         with build.forced_isa("amx"):
@@ -266,9 +278,9 @@ def test_prompts_beside_answers_equal_the_network_of_operations(operations: Call
     apart = errors([ours], [theirs])
     assert apart[:2].max() < 0.005
     assert apart[2:].max() < 0.01
-    assert apart[2:].median() < 1e-3
+    assert apart[2:].lt(1e-5).float().mean() > 0.25  # the others attend to one that was rounded to its neighbour
     exact = operations(config, weights, 0).outputs(batch, zeros(config)).logits
-    assert errors([exact], [theirs])[2:].median() > 2e-3
+    assert errors([exact], [theirs])[2:].min() > 1e-4
 
 
 @pytest.mark.parametrize("rows", [[], [21], [0, 1], [1, 3, 20]])
