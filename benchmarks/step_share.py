@@ -94,7 +94,7 @@ def _grpc_nanoseconds() -> int:
     total = 0
     for task in Path("/proc/self/task").iterdir():
         name = ours.get(int(task.name)) or (task / "comm").read_text()
-        if name.startswith(("MainThread", "courier", "grpc", "event_engine")) or "_poll_wrapper" in name:
+        if name.startswith(("MainThread", "grpc", "event_engine")) or "_poll_wrapper" in name:
             total += int((task / "schedstat").read_text().split()[0])
     return total
 

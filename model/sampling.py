@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -236,5 +235,5 @@ def _report(
             below = 0.0 if token_id == likeliest else largest - logits[index, token_id].item()
             surprisal = below - math.log(top1)
             output = OutputStats(entropy, top1, margin, surprisal, sampling_surprisals.get(index, 0.0))
-            result[index] = replace(result[index], output=output)
+            result[index] = SampledToken(token_id, result[index].logprob, result[index].top_logprobs, output)
     return result

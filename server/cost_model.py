@@ -36,7 +36,7 @@ _WEIGHTS = {
     "decode": 1.0,
     "mixed": 0.02,
 }  # of a step in the fit; the last decides what others leave open
-_REFIT = 16  # steps after which the coefficients are solved for anew
+_REFIT = 64  # steps after which the coefficients are solved for anew
 _SHORTEST = 1e-6  # seconds, below which no clock tells
 _SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
 _SCALES = np.array([1.0, 1e2, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1

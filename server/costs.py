@@ -55,6 +55,7 @@ class Costs:
         self._forecast = Forecast(pace, scheduler, pool)
         self._ledger = Ledger(self._model)
         self._answer_tokens = 64.0  # of a usual answer
+        self._seconds_per_token = 0.0  # of a prompt, as of the latest that was read
         self._step: tuple[Work, int] | None = None  # the latest, and the longest context in it
         self._next_export = 0.0
         self._unexported = 0  # steps
@@ -63,7 +64,7 @@ class Costs:
     @contained((0.0, 0.0))
     def backlog(self) -> tuple[float, float]:
         """Seconds until what waits now is read, and seconds for each token that would wait, too."""
-        return self._forecast.backlog(), self._forecast.seconds_per_token()
+        return self._forecast.backlog() if self._scheduler.num_waiting else 0.0, self._seconds_per_token
 
     @contained(cast("int | None", MIN_PROMPT_TOKENS))
     def prompt_limit(self) -> int | None:
@@ -120,6 +121,8 @@ class Costs:
             ratio = self._model.observe(work, longest, seconds)
             if ratio is not None:
                 self._metrics.book((), [("cost_residual_ratio", ratio, (work.phase,))])
+            if work.tokens:
+                self._seconds_per_token = self._forecast.seconds_per_token()
             self._unexported += 1
         at_rest = not self._scheduler.has_work
         if self._unexported and (self._clock() >= self._next_export or (self._unexported >= _REST and at_rest)):
