@@ -53,15 +53,12 @@ class Kernels:
         run = Runner.step
 
         def step(runner: Runner, plan: StepPlan) -> StepResult:
-            decoder = runner._network._decoder  # noqa: SLF001 - nobody else asks
-            before = decoder.seconds() if decoder else (0.0, 0.0)
             begun = time.perf_counter()
             result = run(runner, plan)
             seconds = time.perf_counter() - begun
-            after = decoder.seconds() if decoder else (0.0, 0.0)
             work = work_of(plan.chunks)
             if work.tokens:
-                attention, products = after[0] - before[0], after[1] - before[1]
+                attention, products = result.seconds or (0.0, 0.0)
                 self.steps.append((work.tokens, work.squares, attention, products, seconds - attention))
             return result
 

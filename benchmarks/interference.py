@@ -155,12 +155,13 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[60.0], help="--target-gap-ms of the server")
     parser.add_argument("--long-tokens", type=int, default=8000)
     parser.add_argument("--model", default="default")
+    parser.add_argument("--kv-dtype", default="auto", help="of the server; named in the result unless auto")
     parser.add_argument("--only-long", action="store_true", help="leave out the scene of sixteen at once")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     result: dict[str, Any] = {"read_bandwidth_gb_s": read_bandwidth() / 1e9, "targets": {}}
     for target in options.targets:
-        with server(options.model, "--target-gap-ms", str(target)) as address:
+        with server(options.model, "--target-gap-ms", str(target), "--kv-dtype", options.kv_dtype) as address:
             scene = asyncio.run(one_stream_and_a_long_prompt(address, options.long_tokens))
             print(target, scene, flush=True)  # noqa: T201 - it takes minutes
             if not options.only_long:
@@ -168,7 +169,8 @@ def main() -> None:
                 print(target, scene["sixteen_at_once"], flush=True)  # noqa: T201
             result["targets"][target] = scene
     targets = "-".join(f"{target:g}" for target in options.targets)
-    save(f"interference-{targets}ms", result, options.out)
+    suffix = "" if options.kv_dtype == "auto" else f"-{options.kv_dtype}"
+    save(f"interference-{targets}ms{suffix}", result, options.out)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def log_probabilities(path: Path, dtype: str, kv_dtype: str, texts: list[list[in
     for text in texts:
         chunk = Chunk("text", text, WINDOW, 0, WINDOW, list(range(WINDOW // PAGE_SIZE)), SamplingParams())
         batch = build_batch(StepPlan((chunk,)), PAGE_SIZE, torch.device("cpu"))
-        yield network.logits(replace(batch, sampled_rows=torch.arange(WINDOW - 1)), cache).log_softmax(-1)
+        yield network.outputs(replace(batch, sampled_rows=torch.arange(WINDOW - 1)), cache).logits.log_softmax(-1)
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     options = arguments.parse_args()
     path = resolve_model("default", default_cache_dir())
     texts = windows(path, options.windows)
-    kinds = [("fp32", "fp32"), ("bf16", "bf16"), ("int4", "fp32"), ("int4", "bf16")]
+    kinds = [("fp32", "fp32"), ("bf16", "bf16"), ("int4", "fp32"), ("int4", "bf16"), ("int4", "int8")]
     runs = zip(*(log_probabilities(path, *kind, texts) for kind in kinds), strict=True)
     losses: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
     agreement = dict.fromkeys(kinds, 0)

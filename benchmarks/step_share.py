@@ -29,6 +29,7 @@ from typing import Any
 import grpc
 from record import read_bandwidth, save
 
+from pagestream.kernels.outputs import Outputs
 from pagestream.model import runner
 from pagestream.model.network import Network
 from pagestream.server.app import serve
@@ -39,7 +40,7 @@ from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
 PROMPT_TOKENS = 128
 NEW_TOKENS = {1: 256, 8: 256, 32: 384}  # by streams: the first must not end before the last prompt is read
 PARTS = (  # who calls it under which name, and what it is counted as
-    (Network, "logits", "network"),
+    (Network, "outputs", "network"),
     (runner, "sample", "sampling"),
 )
 
@@ -52,7 +53,7 @@ def serve_and_count() -> None:
     nanoseconds: Counter[str] = Counter()
     for owner, name, part in PARTS:
         setattr(owner, name, _timed(getattr(owner, name), part, nanoseconds))
-    Network.logits = _with_its_parts(Network.logits, nanoseconds)  # type: ignore[method-assign]
+    Network.outputs = _with_its_parts(Network.outputs, nanoseconds)  # type: ignore[method-assign]
     threading.Thread(target=_answer, args=(nanoseconds,), daemon=True).start()
     serve(ServerConfig(grpc_port=0, http_port=0, speculation=False))
 
@@ -69,14 +70,13 @@ def _timed(function: Callable[..., Any], part: str, nanoseconds: Counter[str]) -
     return call
 
 
-def _with_its_parts(logits: Callable[..., Any], nanoseconds: Counter[str]) -> Callable[..., Any]:
+def _with_its_parts(outputs: Callable[..., Outputs], nanoseconds: Counter[str]) -> Callable[..., Outputs]:
     """Attention and products as the compiled decoder counts them."""
 
-    def call(network: Network, *arguments: Any) -> Any:
-        result = logits(network, *arguments)
-        if network._decoder is not None:  # noqa: SLF001 - nobody else asks
-            seconds = network._decoder.seconds()  # noqa: SLF001
-            nanoseconds["attention"], nanoseconds["linear layers"] = (round(part * 1e9) for part in seconds)
+    def call(network: Network, *arguments: Any) -> Outputs:
+        result = outputs(network, *arguments)
+        for part, seconds in zip(("attention", "linear layers"), result.seconds or (), strict=False):
+            nanoseconds[part] += round(seconds * 1e9)
         return result
 
     return call
@@ -94,7 +94,7 @@ def _grpc_nanoseconds() -> int:
     total = 0
     for task in Path("/proc/self/task").iterdir():
         name = ours.get(int(task.name)) or (task / "comm").read_text()
-        if name.startswith(("MainThread", "courier", "grpc", "event_engine")) or "_poll_wrapper" in name:
+        if name.startswith(("MainThread", "grpc", "event_engine")) or "_poll_wrapper" in name:
             total += int((task / "schedstat").read_text().split()[0])
     return total
 

@@ -12,27 +12,21 @@ import torch
 from torch import Tensor
 
 from pagestream.kernels import build, packing
-from pagestream.kernels.checks import (
-    FLOATS,
-    PAGE_SIZES,
-    check_dense,
-    check_device,
-    check_dtype,
-    check_packed,
-    check_shape,
-    check_window,
-)
+from pagestream.kernels.checks import check_dense, check_dtype, check_packed, check_shape, check_window
+from pagestream.kernels.outputs import FIELDS, Outputs
 from pagestream.kernels.summary import Observation
 
 _MAX_PARTS = 3
 _PART_FIELDS = 5
+_UNOBSERVED = (None,) * len(Observation._fields)
 
 torch.library.define(
     "pagestream::decode",
     "(Tensor model, float epsilon, float magnitude, Tensor token_ids, Tensor positions, Tensor slots, "
     "Tensor query_starts, Tensor context_lengths, Tensor block_tables, Tensor sampled_rows, int prefill_rows, "
-    "Tensor(a!) caches, Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) seconds, Tensor? observed, Tensor? spans, "
-    "Tensor(e!)? means, Tensor(f!)? page_masses, Tensor(g!)? span_shares) -> ()",
+    "Tensor(a!) caches, Tensor(b!)? scales, Tensor(c!) logits, Tensor(d!) summary, Tensor? with_statistics, "
+    "Tensor(e!) seconds, Tensor? observed, Tensor? spans, Tensor(f!)? means, Tensor(g!)? page_masses, "
+    "Tensor(h!)? span_shares) -> ()",
 )
 
 
@@ -111,8 +105,8 @@ class Decoder:
         self._keeps_alive = (frequencies, norm, embedding, lm_head, tuple(layers))
         self._epsilon, self._magnitude = epsilon, magnitude
         self._num_layers, self._vocabulary = len(layers), vocabulary
-        self._num_heads, self._cache_heads = num_heads, (num_kv_heads, head_size)
-        self._seconds = np.zeros(2)
+        self._num_heads = num_heads
+        self._seconds = torch.zeros(2, dtype=torch.float64)
 
     def __call__(
         self,
@@ -125,39 +119,26 @@ class Decoder:
         sampled_rows: Tensor,
         *,
         prefill_rows: int = 0,
+        with_statistics: Tensor | None = None,
         caches: Tensor,
         scales: Tensor | None = None,
         observation: Observation | None = None,
-    ) -> Tensor:
-        """Logits float32 [R, V] of `sampled_rows` int64 [R], which increase; keys and values of all rows are stored.
+    ) -> Outputs:
+        """Of `sampled_rows` int64 [R], which increase; keys and values of all rows are stored.
 
         `token_ids`, `positions`, `slots` int64 [T]; `query_starts`, `context_lengths`, `block_tables` and slots as
         `paged_attention` and `store_kv` take them. `caches` [L, P, Hkv, 2, B, D]: for each layer, page and head the
         keys, then the values; those of int8 need `scales` float32 [L, P, Hkv, 2, B]. The last `prefill_rows` rows are
-        multiplied as `quantized_linear` says, all but in `lm_head`. A row's result depends on which of the two kinds it
-        and those before it are of, not on the rows beside it, nor on the number of threads. `observation` receives
-        what it asks for and changes no bit.
+        multiplied as `quantized_linear` says, all but in `lm_head`. `with_statistics` bool [R]: see outputs.py. A row's
+        result depends on which of the two kinds it and those before it are of, not on the rows beside it, nor on the
+        number of threads. `observation` receives what it asks for and changes no bit.
         Raises ValueError for a wrong dtype, layout or shape and for ids that point outside; then nothing is written.
         """
-        rows = (("token_ids", token_ids), ("positions", positions), ("slots", slots))
-        lengths = (("query_starts", query_starts), ("context_lengths", context_lengths))
-        check_dtype(torch.int64, *rows, ("sampled_rows", sampled_rows))
-        check_dtype(torch.int32, *lengths, ("block_tables", block_tables))
-        check_device(self._model, *rows, *lengths, ("block_tables", block_tables), ("caches", caches))
-        check_dense(*rows, *lengths, ("sampled_rows", sampled_rows), dims=1, dense=1)
-        check_dense(("block_tables", block_tables), dims=2, dense=1)
-        check_dense(("caches", caches), dims=6, dense=2)
-        check_shape(*((name, tensor, token_ids.shape) for name, tensor in rows[1:]))
-        sequences = len(context_lengths)
-        check_shape(
-            ("query_starts", query_starts, (sequences + 1,)),
-            ("block_tables", block_tables, (sequences, block_tables.shape[1])),
-        )
-        self._check_caches(caches, scales)
         if observation is not None:
             observation.check(self._num_layers, self._num_heads, block_tables.shape[1])
         # Not torch.empty, which lets go of the interpreter: others would take it before the kernels run.
         logits = torch.from_numpy(np.empty((len(sampled_rows), self._vocabulary), np.float32))
+        summary = torch.from_numpy(np.empty((len(sampled_rows), len(FIELDS))))
         torch.ops.pagestream.decode.default(
             self._model,
             self._epsilon,
@@ -173,30 +154,13 @@ class Decoder:
             caches,
             scales,
             logits,
-            torch.from_numpy(self._seconds),
-            *(observation or (None,) * len(Observation._fields)),
+            summary,
+            with_statistics,
+            self._seconds,
+            *(observation or _UNOBSERVED),
         )
-        return logits
-
-    def seconds(self) -> tuple[float, float]:
-        """How long attention and how long products with weights have taken since this object was made."""
         attention, products = self._seconds.tolist()
-        return attention, products
-
-    def _check_caches(self, caches: Tensor, scales: Tensor | None) -> None:
-        _, pages, _, _, page_size, _ = caches.shape
-        num_kv_heads, head_size = self._cache_heads
-        check_shape(("caches", caches, (self._num_layers, pages, num_kv_heads, 2, page_size, head_size)))
-        dtypes = (*FLOATS, torch.int8)
-        if caches.dtype not in dtypes or page_size not in PAGE_SIZES:
-            raise ValueError(f"caches must be one of {dtypes} in pages of {PAGE_SIZES}; {caches.dtype}, {page_size}")
-        if (scales is not None) != (caches.dtype == torch.int8):
-            raise ValueError(f"caches of {torch.int8} need scales, others take none")
-        if scales is not None:
-            check_dtype(torch.float32, ("scales", scales))
-            check_device(caches, ("scales", scales))
-            check_dense(("scales", scales), dims=5, dense=1)
-            check_shape(("scales", scales, tuple(caches.shape[:5])))
+        return Outputs(logits, summary, (attention, products))
 
 
 def _check_layer(

@@ -22,6 +22,7 @@ class Batch:
     block_tables: torch.Tensor  # [S, M] int32 pages in order; entries past the context are never read
     sampled_rows: torch.Tensor  # [R] int64, rising: the rows behind which tokens are chosen
     prefill_rows: int  # how many of the last rows are tokens of prompts
+    with_statistics: torch.Tensor | None = None  # [R] bool: whose output distributions are wanted; None: of none
 
 
 def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
@@ -60,18 +61,23 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device) -> Batch:
     block_tables = np.zeros((len(tables), max(map(len, tables))), np.int32)
     for row, pages_in_order in enumerate(tables):
         block_tables[row, : len(pages_in_order)] = pages_in_order
+    with_statistics = [chunk.output_stats for chunk in plan.chunks for _ in chunk.sampled_positions]
 
-    def to_device(values: npt.ArrayLike, dtype: type[np.signedinteger]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.asarray(values, dtype))
+    def to_device(values: npt.NDArray[np.generic]) -> torch.Tensor:
+        tensor = torch.from_numpy(values)  # which, unlike torch's own operations, does not let go of the interpreter
         return tensor if device.type == "cpu" else tensor.to(device)
 
+    rows = np.array(token_ids + positions + slots + sampled_rows, np.int64)
+    count, sequences = len(token_ids), len(context_lengths)
+    lengths = np.array(query_starts + context_lengths, np.int32)
     return Batch(
-        token_ids=to_device(token_ids, np.int64),
-        positions=to_device(positions, np.int64),
-        slots=to_device(slots, np.int64),
-        query_starts=to_device(query_starts, np.int32),
-        context_lengths=to_device(context_lengths, np.int32),
-        block_tables=to_device(block_tables, np.int32),
-        sampled_rows=to_device(sampled_rows, np.int64),
+        token_ids=to_device(rows[:count]),
+        positions=to_device(rows[count : 2 * count]),
+        slots=to_device(rows[2 * count : 3 * count]),
+        query_starts=to_device(lengths[: sequences + 1]),
+        context_lengths=to_device(lengths[sequences + 1 :]),
+        block_tables=to_device(block_tables),
+        sampled_rows=to_device(rows[3 * count :]),
         prefill_rows=prefill_rows,
+        with_statistics=to_device(np.array(with_statistics)) if any(with_statistics) else None,
     )

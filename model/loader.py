@@ -85,7 +85,7 @@ def load_model(
     if dtype == "auto":
         dtype = _choose_dtype(place, checkpoint)
     if kv_dtype == "auto":
-        kv_dtype = "bf16" if dtype in _QUANTIZED else dtype
+        kv_dtype = "int8" if dtype in _QUANTIZED else dtype
     if kv_dtype == "int8" and place.type != "cpu":
         raise ModelError("--kv-dtype int8 needs --device cpu")
     config = checkpoint.config

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from pagestream import kernels
+from pagestream.kernels.outputs import Outputs, summarize
 from pagestream.kernels.summary import Observation, Observer
 from pagestream.model.batch import Batch
 from pagestream.model.config import ModelConfig
@@ -33,9 +34,9 @@ class Network:
         self._workspaces: dict[int, torch.Tensor] = {}  # of attention, by window; without elements on a CPU
 
     @torch.inference_mode()
-    def logits(self, batch: Batch, cache: KVCache, observation: Observation | None = None) -> torch.Tensor:
-        """Writes the keys and values of every row into its slot; returns logits [R, V] in fp32 for sampled_rows.
-        `observation` receives what it asks of attention, and changes no bit of anything else.
+    def outputs(self, batch: Batch, cache: KVCache, observation: Observation | None = None) -> Outputs:
+        """Writes the keys and values of every row into its slot; returns what sampled_rows say. `observation` receives
+        what it asks of attention, and changes no bit of anything else.
 
         Running the same batch again writes the same values: a step can be repeated.
         """
@@ -49,6 +50,7 @@ class Network:
                 batch.block_tables,
                 batch.sampled_rows,
                 prefill_rows=0 if self._deterministic else batch.prefill_rows,
+                with_statistics=batch.with_statistics,
                 caches=cache.rows,
                 scales=cache.scales,
                 observation=observation,
@@ -97,11 +99,8 @@ class Network:
         if observer is not None:
             observer.finish()
         last = self._rms_norm(hidden[batch.sampled_rows], self._weights.norm)  # [R, E]
-        return self._weights.lm_head(last).float()
-
-    def seconds(self) -> tuple[float, float] | None:
-        """How long attention and products with weights have taken in all; None where nobody measures it."""
-        return None if self._decoder is None else self._decoder.seconds()
+        logits = self._weights.lm_head(last).float()
+        return Outputs(logits, summarize(logits, batch.with_statistics))
 
     def _plan_attention(self, batch: Batch, attended: torch.Tensor) -> None:
         """Once for all layers of a window: on a GPU each would plan for itself."""

@@ -30,14 +30,12 @@ class Runner:
         self._copy_pages(plan)
         batch = build_batch(plan, self._cache.page_size, self._device)
         observation = build_observation(plan, self._config, batch.block_tables.shape[1])
-        before = self._network.seconds()
-        logits = self._network.logits(batch, self._cache, observation)
-        after = self._network.seconds()
-        tokens = iter(sample(logits, plan.chunks))
+        outputs = self._network.outputs(batch, self._cache, observation)
+        tokens = iter(sample(outputs, plan.chunks))
         return StepResult(
             sampled=tuple(tuple(islice(tokens, len(chunk.sampled_positions))) for chunk in plan.chunks),
             attention=() if observation is None else summarize(plan, observation, self._config, self._cache.page_size),
-            seconds=None if before is None or after is None else (after[0] - before[0], after[1] - before[1]),
+            seconds=outputs.seconds,
         )
 
     def _copy_pages(self, plan: StepPlan) -> None:

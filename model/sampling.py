@@ -13,13 +13,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional
 
+from pagestream.kernels.outputs import Outputs
 from pagestream.model.step import Chunk, OutputStats, SampledToken, SamplingParams
 
 BLOCK = 64  # tokens
@@ -45,17 +44,18 @@ class _Row(NamedTuple):
         return self.chunk.sampling
 
 
-def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
-    """A token for each row of logits [R, V] fp32, which are left as they are: chunk by chunk for each position at which
-    it samples, from what is known or proposed before that position. Where an answer is given, its own token.
+def sample(outputs: Outputs, chunks: Sequence[Chunk]) -> list[SampledToken]:
+    """A token for each row of outputs [R, V], which are left as they are: chunk by chunk for each position at which it
+    samples, from what is known or proposed before that position. Where an answer is given, its own token.
 
     Raises NonFiniteLogitsError for the first row whose largest logit is not finite.
     """
     rows = [_Row(chunk, position) for chunk in chunks for position in chunk.sampled_positions]
     if not rows:
         return []
-    adjusted = _adjust(logits, rows)
-    largest, token_ids = _likeliest(adjusted)
+    summary = outputs.summary.tolist()
+    token_ids, largest = [int(row[0]) for row in summary], [row[1] for row in summary]
+    adjusted = _adjust(outputs.logits, rows, token_ids, largest)
     for row, value in zip(rows, largest, strict=True):
         if not math.isfinite(value):
             raise NonFiniteLogitsError(row.chunk.request_id)
@@ -71,7 +71,7 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
     for index, row in enumerate(rows):
         if row.chunk.given:
             token_ids[index] = row.chunk.given[row.position - row.chunk.first_chosen]
-    return _report(logits, rows, token_ids, surprisals)
+    return _report(outputs.logits, summary, rows, token_ids, surprisals)
 
 
 def filtered_weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -125,22 +125,13 @@ def _is_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 or params.top_k == 1
 
 
-def _likeliest(logits: torch.Tensor) -> tuple[list[float], list[int]]:
-    """The largest logit of each row and its token. A row with NaN has NaN."""
-    if not logits.is_cpu:
-        values, token_ids = logits.max(dim=-1)
-        return values.tolist(), token_ids.tolist()
-    rows = logits.numpy()  # three times as fast as torch for one row, and without its threads
-    best = rows.argmax(axis=-1).tolist()
-    return [float(row[token_id]) for row, token_id in zip(rows, best, strict=True)], best
-
-
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-def _adjust(logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
-    """Logits with each request's bias, penalties and suppression; a copy only if there are any."""
+def _adjust(logits: torch.Tensor, rows: Sequence[_Row], token_ids: list[int], largest: list[float]) -> torch.Tensor:
+    """Logits with each request's bias, penalties and suppression; a copy only if there are any. Corrects the likeliest
+    tokens of such rows and their logits."""
     adjusted = logits
     for index, row in enumerate(rows):
         params = row.params
@@ -159,6 +150,8 @@ def _adjust(logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
             _penalise(scores, row)
         if suppresses:
             scores[list(params.suppressed_until_min_tokens)] = -math.inf
+        value, token_id = scores.max(dim=-1)
+        largest[index], token_ids[index] = value.item(), int(token_id)
     return adjusted
 
 
@@ -215,7 +208,11 @@ def _surprisals(weights: torch.Tensor, token_ids: list[int]) -> list[float]:
 
 
 def _report(
-    logits: torch.Tensor, rows: Sequence[_Row], token_ids: list[int], sampling_surprisals: Mapping[int, float]
+    logits: torch.Tensor,
+    summary: Sequence[Sequence[float]],
+    rows: Sequence[_Row],
+    token_ids: list[int],
+    sampling_surprisals: Mapping[int, float],
 ) -> list[SampledToken]:
     """Adds what is asked for of the model's own distribution: logprobs, statistics. A token that is missing in
     `sampling_surprisals` was certain."""
@@ -231,26 +228,12 @@ def _report(
         ):
             top_logprobs = tuple(zip(ids[:width], values[:width], strict=True))
             result[index] = SampledToken(token_ids[index], logprob, top_logprobs)
-    asked = [index for index, row in enumerate(rows) if row.chunk.output_stats]
-    if asked:
-        statistics = _output_statistics(_take(logits, asked), [token_ids[index] for index in asked])
-        for index, values in zip(asked, statistics, strict=True):
-            output = OutputStats(*values, sampling_surprisals.get(index, 0.0))
-            result[index] = replace(result[index], output=output)
+    for index, row in enumerate(rows):
+        if row.chunk.output_stats:
+            likeliest, largest, entropy, top1, margin = summary[index]
+            token_id = token_ids[index]
+            below = 0.0 if token_id == likeliest else largest - logits[index, token_id].item()
+            surprisal = below - math.log(top1)
+            output = OutputStats(entropy, top1, margin, surprisal, sampling_surprisals.get(index, 0.0))
+            result[index] = SampledToken(token_id, result[index].logprob, result[index].top_logprobs, output)
     return result
-
-
-def _output_statistics(logits: torch.Tensor, token_ids: list[int]) -> list[tuple[float, float, float, float]]:
-    """Entropy, probability of the likeliest, margin, surprisal of each row [S, V] and its token. By numpy, as torch's
-    threads would wait for those of the kernels."""
-    rows, places = logits.cpu().numpy(), np.arange(len(token_ids))
-    likeliest = rows.argmax(axis=-1)
-    shifted = rows - rows[places, likeliest, None]
-    weights = np.exp(shifted)
-    total = weights.sum(axis=-1)
-    entropy = np.log(total) - np.einsum("sv,sv->s", weights, shifted) / total
-    surprisal = np.log(total) - shifted[places, token_ids]
-    weights[places, likeliest] = 0
-    second = weights.max(axis=-1)
-    columns = (entropy, 1 / total, (1 - second) / total, surprisal)
-    return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -62,18 +62,7 @@ def assemble(
         )
     _check_attention(loaded, config.page_size, metrics)
     _warm_up(loaded, config.token_budget)
-    max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
-    pool = BlockPool(loaded.plan.num_pages, config.page_size, prefix_cache=config.prefix_cache)
-    speculation = loaded.is_row_invariant if config.speculation is None else config.speculation
-    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running, speculation=speculation)
-    limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
-    pace = Pace(target_gap=config.target_gap_ms / 1000)
-    observer = Observer(metrics, config.attention_every, time.monotonic)
-    readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
-    footprint = Footprint(loaded.plan.weights_bytes, loaded.plan.kv_bytes // loaded.plan.kv_capacity_tokens)
-    engine = Engine(
-        pool, scheduler, loaded.runner, metrics, limits, readers, pace, observer, publish, on_fault, footprint=footprint
-    )
+    engine = _engine(config, loaded, metrics, publish, on_fault)
     engine.start()
     model = ServedModel(
         name=loaded.name,
@@ -101,6 +90,27 @@ def assemble(
         kv_dtype=model.kv_dtype,
     )
     return model
+
+
+def _engine(
+    config: ServerConfig,
+    loaded: LoadedModel,
+    metrics: Metrics,
+    publish: Callable[[Publication], None],
+    on_fault: Callable[[], None],
+) -> Engine:
+    max_running = config.max_running or min(DEFAULT_MAX_RUNNING, config.token_budget)
+    pool = BlockPool(loaded.plan.num_pages, config.page_size, prefix_cache=config.prefix_cache)
+    speculation = loaded.is_row_invariant if config.speculation is None else config.speculation
+    scheduler = Scheduler(pool, token_budget=config.token_budget, max_running=max_running, speculation=speculation)
+    limits = QueueLimits(config.max_queue_requests, config.max_queue_tokens)
+    pace = Pace(target_gap=config.target_gap_ms / 1000)
+    observer = Observer(metrics, config.attention_every, time.monotonic)
+    readers = ReaderLimits(max_pause_seconds=config.slow_reader_seconds)
+    footprint = Footprint(loaded.plan.weights_bytes, loaded.plan.kv_bytes // loaded.plan.kv_capacity_tokens)
+    return Engine(
+        pool, scheduler, loaded.runner, metrics, limits, readers, pace, observer, publish, on_fault, footprint=footprint
+    )
 
 
 def _check_attention(loaded: LoadedModel, page_size: int, metrics: Metrics) -> None:

@@ -31,7 +31,12 @@ _MEMORY = 0.995  # weight of a step against the next of its phase: about the las
 _RECENT = 0.95  # and in how fast the machine is just now
 _RECENT_MIXED = 0.8  # and in how much slower steps are that read prompts beside decodes
 _STRAY = 1.5  # times the forecast: what took longer counts as that in the latter
-_REFIT = 16  # steps after which the coefficients are solved for anew
+_WEIGHTS = {
+    "prefill": 1.0,
+    "decode": 1.0,
+    "mixed": 0.02,
+}  # of a step in the fit; the last decides what others leave open
+_REFIT = 64  # steps after which the coefficients are solved for anew
 _SHORTEST = 1e-6  # seconds, below which no clock tells
 _SLOWEST = 3.0  # times the forecast: what took longer counts as that, since something else was going on
 _SCALES = np.array([1.0, 1e2, 1e6, 1.0, 10.0, 1e3])  # of the features, so that they are about 1
@@ -118,29 +123,26 @@ class CostModel:
     prompts each have a memory of their own, so that hours of decoding wash out nothing that is known of prompts; the
     coefficients are those that fit both. A forecast is theirs times how much slower than that the last twenty steps
     were: a machine has fast and slow phases, in which everything costs more alike. Steps that read prompts beside
-    decodes have a factor of their own, of the last five, because their small chunks cost more for each token than the
-    whole steps of prompts alone, from which the coefficients are known when the first of them comes.
+    decodes have a factor of their own, of the last five, because they cost more than the sum of both, and little say in
+    the coefficients: their chunks are cut to take one time, from which a start cannot be told from what tokens cost.
     """
 
     def __init__(self) -> None:
-        self._memories: dict[Phase, _Memory] = {"prefill": _Memory(), "decode": _Memory()}
+        self._memories = {kind: _Memory() for kind in _WEIGHTS}
+        self.samples: dict[Phase, int] = {"prefill": 0, "decode": 0}  # steps since the start
+        self._max_tokens: dict[Phase, int] = {"prefill": 0, "decode": 0}
         self._values = [0.0] * len(TERMS)  # the coefficients
         self._stale = 0  # steps since they were solved for
         self._slowness = 1.0
         self._mixed = 1.0  # times slower, beside that
-        self._mixed_samples = 0
-
-    @property
-    def num_prompt_samples(self) -> int:
-        return self._memories["prefill"].samples
 
     def knows(self, phase: Phase) -> bool:
         """Whether enough steps of it were seen to forecast others."""
-        return self._memories[phase].samples >= MIN_SAMPLES
+        return self.samples[phase] >= MIN_SAMPLES
 
     def has_seen(self, prompt_tokens: int) -> bool:
         """Whether a prompt of that length was read; beyond, forecasts extrapolate."""
-        return prompt_tokens <= self._memories["prefill"].max_tokens
+        return prompt_tokens <= self._max_tokens["prefill"]
 
     def predict(self, work: Work) -> float:
         """Of a step; 0 where nothing is known."""
@@ -161,7 +163,7 @@ class CostModel:
     def observe(self, work: Work, longest: int, seconds: float) -> float | None:
         """A step took so long, with `longest` the longest context in it. Returns actual time over forecast; None as
         long as there is no forecast."""
-        memory = self._memories[work.phase]
+        memory = self._memories["mixed" if work.is_mixed else work.phase]
         fitted = self._fitted(work) if self.knows(work.phase) else 0.0
         seconds = max(seconds, _SHORTEST)
         ratio = None
@@ -172,7 +174,8 @@ class CostModel:
             memory.add_error(seconds / fitted - 1)
             self._follow(work, seconds / fitted)
         memory.add(_features(work), seconds, fitted or seconds)
-        memory.max_tokens = max(memory.max_tokens, longest)
+        self.samples[work.phase] += 1
+        self._max_tokens[work.phase] = max(self._max_tokens[work.phase], longest)
         self._stale += 1
         if self._stale >= _REFIT or not self.knows(work.phase):
             self._solve()
@@ -187,9 +190,9 @@ class CostModel:
         inverse = np.linalg.inv(information)
         variances = [memory.error_variance for memory in self._memories.values()]
         spread = max(variances) * assumed
-        for memory, variance in zip(self._memories.values(), variances, strict=True):
-            spread = spread + variance * _scaled(memory.sums[:-1])
-        variance_of_each = np.diag(inverse @ spread @ inverse)  # lies between the following, but for rounding
+        for (kind, memory), variance in zip(self._memories.items(), variances, strict=True):
+            spread = spread + _WEIGHTS[kind] ** 2 * variance * _scaled(memory.sums[:-1])
+        variance_of_each = np.diag(inverse @ spread @ inverse)  # between the following, but for rounding and weights
         variance_of_each = variance_of_each.clip(min(variances) * np.diag(inverse), max(variances) * np.diag(inverse))
         half = _NORMAL95 * np.sqrt(variance_of_each) / _SCALES
         centre = inverse @ moments / _SCALES
@@ -197,8 +200,7 @@ class CostModel:
         for term, value, lower, upper in zip(TERMS, self._values, centre - half, centre + half, strict=True):
             if self.knows(_phase(term)):
                 terms[term] = Coefficient(value, min(max(float(lower), 0.0), value), max(float(upper), value))
-        samples = {phase: memory.samples for phase, memory in self._memories.items()}
-        return CostFit(terms, samples, {phase: memory.max_tokens for phase, memory in self._memories.items()})
+        return CostFit(terms, dict(self.samples), dict(self._max_tokens))
 
     def _factor(self, work: Work) -> float:
         return self._slowness * self._mixed if work.is_mixed else self._slowness
@@ -207,8 +209,7 @@ class CostModel:
         """A step was so many times slower than fitted."""
         machine = slowness / self._mixed if work.is_mixed else slowness
         if work.is_mixed:
-            self._mixed_samples += 1
-            rate = max(1 - _RECENT_MIXED, 1 / self._mixed_samples)
+            rate = max(1 - _RECENT_MIXED, 1 / self._memories["mixed"].errors)
             mixed = min(slowness / self._slowness, _STRAY * self._mixed)
             self._mixed += rate * (mixed - self._mixed)
         self._slowness += (1 - _RECENT) * (machine - self._slowness)
@@ -237,31 +238,30 @@ class CostModel:
         """The matrix [6, 6] and the right side [6] of the normal equations, of scaled features; and what part of the
         matrix no step told: the ridge, and `_ASSUMED` as if two steps ten times as long as a decode had said so.
         """
-        prefill, decode = (_scaled(memory.sums[:-1]) for memory in self._memories.values())
+        told = {kind: weight * np.array(self._memories[kind].sums) for kind, weight in _WEIGHTS.items()}
+        prompts, decodes = told["prefill"] + told["mixed"], told["decode"]
+        prefill, decode = _scaled(prompts[:-1]), _scaled(decodes[:-1])
         least = 1e-3 * np.trace(prefill + decode) + 1e-12  # for a phase that was not seen
         assumed = _RIDGE * np.diag(np.repeat([max(np.trace(part), least) for part in (prefill, decode)], 3))
-        per_step = decode[3, 3] / max(min(self._memories["decode"].samples, 1 / (1 - _MEMORY)), 1)
+        per_step = decode[3, 3] / max(min(self.samples["decode"], 1 / (1 - _MEMORY)), 1)
         assumed += per_step / 100 * _ASSUMED.T @ _ASSUMED
-        moments = sum(np.array(memory.sums[-1]) for memory in self._memories.values()) / _SCALES
-        return prefill + decode + assumed, moments, assumed
+        return prefill + decode + assumed, (prompts + decodes)[-1] / _SCALES, assumed
 
 
 class _Memory:
-    """Of the steps of one phase: sums of features times features, in the last row of features times value; and of the
+    """Of the steps of one kind: sums of features times features, in the last row of features times value; and of the
     errors, all with forgetting. In plain lists: after a network has emptied the caches, numpy takes many times as long
     for so few numbers."""
 
     def __init__(self) -> None:
         self.sums = [[0.0] * len(TERMS) for _ in range(len(TERMS) + 1)]
-        self.samples = 0  # since the start
-        self.max_tokens = 0
+        self.errors = 0
         self._variance = 0.0  # of actual over fitted time
         self._covariance = 0.0  # of that and the step's before
         self._last_error = 0.0
 
     def add(self, features: Sequence[tuple[int, float]], value: float, unit: float) -> None:
         """`features` that are not 0, by index, and the value, in units of `unit`."""
-        self.samples += 1
         weighted = [(index, feature / unit) for index, feature in features]
         for index, feature in weighted:
             row = self.sums[index]
@@ -272,7 +272,8 @@ class _Memory:
             last[index] = _MEMORY * last[index] + feature * value / unit
 
     def add_error(self, error: float) -> None:
-        rate = max(1 - _MEMORY, 1 / (self.samples - MIN_SAMPLES + 1))
+        self.errors += 1
+        rate = max(1 - _MEMORY, 1 / self.errors)
         self._variance += rate * (error * error - self._variance)
         self._covariance += rate * (error * self._last_error - self._covariance)
         self._last_error = error
@@ -284,7 +285,7 @@ class _Memory:
         return self._variance * (1 + correlation) / (1 - correlation)
 
 
-def _scaled(information: list[list[float]]) -> Array:
+def _scaled(information: npt.ArrayLike) -> Array:
     return np.array(information) / np.outer(_SCALES, _SCALES)
 
 

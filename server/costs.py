@@ -55,6 +55,7 @@ class Costs:
         self._forecast = Forecast(pace, scheduler, pool)
         self._ledger = Ledger(self._model)
         self._answer_tokens = 64.0  # of a usual answer
+        self._seconds_per_token = 0.0  # of a prompt, as of the latest that was read
         self._step: tuple[Work, int] | None = None  # the latest, and the longest context in it
         self._next_export = 0.0
         self._unexported = 0  # steps
@@ -63,7 +64,7 @@ class Costs:
     @contained((0.0, 0.0))
     def backlog(self) -> tuple[float, float]:
         """Seconds until what waits now is read, and seconds for each token that would wait, too."""
-        return self._forecast.backlog(), self._forecast.seconds_per_token()
+        return self._forecast.backlog() if self._scheduler.num_waiting else 0.0, self._seconds_per_token
 
     @contained(cast("int | None", MIN_PROMPT_TOKENS))
     def prompt_limit(self) -> int | None:
@@ -115,15 +116,19 @@ class Costs:
     @contained(None)
     def end_of_turn(self, seconds: float) -> None:
         """A turn of the engine took so long, waiting for work left out."""
-        if self._step is None:
-            return
-        (work, longest), self._step = self._step, None
-        ratio = self._model.observe(work, longest, seconds)
-        if ratio is not None:
-            self._metrics.book((), [("cost_residual_ratio", ratio, (work.phase,))])
-        self._unexported += 1
-        if self._clock() >= self._next_export or (self._unexported >= _REST and not self._scheduler.has_work):
+        if self._step is not None:
+            (work, longest), self._step = self._step, None
+            ratio = self._model.observe(work, longest, seconds)
+            if ratio is not None:
+                self._metrics.book((), [("cost_residual_ratio", ratio, (work.phase,))])
+            if work.tokens:
+                self._seconds_per_token = self._forecast.seconds_per_token()
+            self._unexported += 1
+        at_rest = not self._scheduler.has_work
+        if self._unexported and (self._clock() >= self._next_export or (self._unexported >= _REST and at_rest)):
             self._export()
+        elif at_rest:  # and nothing would correct what was said under load
+            self._export_forecast()
 
     def _kernel_counts(self, plan: StepPlan, work: Work, attention_seconds: float) -> Records:
         labels = (work.phase, ctx_of(max(chunk.end for chunk in plan.chunks)))
@@ -148,7 +153,6 @@ class Costs:
                 if size and took:
                     bandwidth[what,] = size / took
         crossover = fit.crossover_tokens
-        first = self._forecast.of_length(SHORT_PROMPT, 0, self._answer_tokens).first_token
         self._metrics.set_gauges(
             {
                 "cost_fit_seconds": {labels: term.value for labels, term in terms.items()},
@@ -157,10 +161,14 @@ class Costs:
                 "cost_fit_samples": {(phase,): count for phase, count in fit.samples.items()},
                 "cost_fit_max_tokens": {(phase,): tokens for phase, tokens in fit.max_tokens.items()},
                 "cost_fit_crossover_tokens": {} if crossover is None else {(): crossover},
-                "predicted_ttft_seconds": {} if first is None else {(): first},
                 "achieved_bandwidth_bytes_per_second": bandwidth,
             }
         )
+        self._export_forecast()
+
+    def _export_forecast(self) -> None:
+        first = self._forecast.of_length(SHORT_PROMPT, 0, self._answer_tokens).first_token
+        self._metrics.set_gauges({"predicted_ttft_seconds": {} if first is None else {(): first}})
 
 
 def _token_of(job: Job, now: float) -> TokenOf:

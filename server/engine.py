@@ -41,6 +41,8 @@ from pagestream.server.scheduler import Advance, Scheduler
 
 log = logging.getLogger(__name__)
 
+_HANGS_UP_EARLY = 0.05  # seconds before its deadline by our clock: a client's own began when it sent the request
+
 
 class Engine:
     """Owns the scheduler, the runner and the thread they run on.
@@ -135,8 +137,11 @@ class Engine:
             self._give_way()
         for job, seen in mail.cancels:
             if not job.is_finished:  # it may have ended by itself meanwhile
-                self._end(job, FinishReason.CANCELLED)
-                self._metrics.observe_cancel_release("client", self.clock() - seen)
+                if job.deadline is not None and seen >= job.deadline - _HANGS_UP_EARLY:
+                    self._end_late(job, seen)
+                else:
+                    self._end(job, FinishReason.CANCELLED)
+                    self._metrics.observe_cancel_release("client", self.clock() - seen)
         for job, tokens in mail.reads:
             self._backpressure.read(job, tokens)
         for question in mail.questions:
@@ -167,12 +172,15 @@ class Engine:
             if job is None:  # it has ended
                 continue
             if job.deadline == deadline:  # else the id is in use again
-                error = DeadlineExceededError(f"request {request_id}: the deadline passed")
-                self._end(job, FinishReason.DEADLINE, error)
-                self._metrics.observe_cancel_release("deadline", self.clock() - deadline)
+                self._end_late(job, deadline)
             elif job.queue_deadline == deadline and job.first_scheduled is None:
                 text = f"request {request_id}: its turn did not come within its queue_timeout"
                 self._end(job, FinishReason.QUEUE_TIMEOUT, QueueTimeoutError(text, self.inbox.predicted_wait))
+
+    def _end_late(self, job: Job, since: float) -> None:
+        error = DeadlineExceededError(f"request {job.request.request_id}: the deadline passed")
+        self._end(job, FinishReason.DEADLINE, error)
+        self._metrics.observe_cancel_release("deadline", self.clock() - since)
 
     def _expire_slow_readers(self) -> None:
         for job in self._backpressure.expired():

@@ -61,7 +61,7 @@ class Forecast:
             alone = self._num_steps(own, decodes) * model.predict(decodes)
             stall = max(self._seconds(own, decodes) - alone, 0.0) * decodes.rows
         extrapolated = first_token is not None and not model.has_seen(num_tokens)
-        samples = model.num_prompt_samples
+        samples = model.samples["prefill"]
         return Estimate(num_tokens, cached, queue, first_token, stall, gap_after, extrapolated, samples)
 
     def backlog(self) -> float:

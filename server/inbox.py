@@ -180,7 +180,8 @@ class Inbox:
     def take(self, wait_seconds: float | None) -> Mail:
         """Everything that arrived. Waits so long for the first thing to arrive; None waits for ever."""
         with self._changed:
-            self._changed.wait_for(self._has_mail, wait_seconds)
+            if wait_seconds != 0:
+                self._changed.wait_for(self._has_mail, wait_seconds)
             mail = Mail(self._arrivals, self._cancels, self._reads, self._questions, self._stop)
             self._arrivals, self._cancels, self._reads, self._questions = [], [], [], []
         return mail

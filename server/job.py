@@ -92,8 +92,7 @@ class Job:
         if self.record is None:
             return ()
         gaps = [None, *self.gaps[-len(tokens) :]][-len(tokens) :]
-        first, *more = self.record.take(tokens, self.request.num_tokens - len(tokens), gaps)
-        return replace(first, predicted_gap=self.ledger.predicted_gap, stall=self.ledger.stall), *more
+        return self.record.take(tokens, self.request.num_tokens - len(tokens), gaps, self.ledger)
 
     def _book_times(self, count: int, now: float) -> None:
         """Tokens of one step come at once: without a gap between them."""

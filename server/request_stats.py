@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pagestream.model.routing import RoutingAccumulator
 from pagestream.model.step import AttentionSummary, GroupSummary, PageSummary, SampledToken, SpanSummary, StatsLevel
+from pagestream.server.ledger import Account
 from pagestream.server.metric_families import LAYER_GROUPS
 from pagestream.server.stats import (
     AttentionStructure,
@@ -84,15 +85,18 @@ class StatsRecord:
             means.add(span, context)
 
     def take(
-        self, tokens: Sequence[SampledToken], context: int, gaps: Sequence[float | None]
+        self, tokens: Sequence[SampledToken], context: int, gaps: Sequence[float | None], account: Account
     ) -> tuple[TokenStats, ...]:
-        """Books tokens, the first of them chosen after `context` tokens; what to say of each."""
+        """Books tokens, the first of them chosen after `context` tokens; what to say of each. What the account and the
+        row say is of the first."""
         attention, self._latest = self._latest, None
         self._rows_total += len(tokens)
-        return tuple(
-            TokenStats(context + i, gap, output=self._output(token), attention=None if i else attention)
-            for i, (token, gap) in enumerate(zip(tokens, gaps, strict=True))
-        )
+        told: list[TokenStats] = []
+        predicted_gap, stall = account.predicted_gap, account.stall
+        for token, gap in zip(tokens, gaps, strict=True):
+            told.append(TokenStats(context + len(told), gap, predicted_gap, stall, self._output(token), attention))
+            predicted_gap = stall = attention = None
+        return tuple(told)
 
     def _output(self, token: SampledToken) -> OutputStats | None:
         output = token.output

@@ -126,12 +126,12 @@ def tenant_of(context: Context) -> str:
 
 def _response(event: pb.Accepted | Event, output: pb.OutputConfig) -> pb.GenerateStreamResponse:
     match event:
-        case pb.Accepted():
-            return pb.GenerateStreamResponse(accepted=event)
+        case Delta():  # first: there is one for each token
+            return pb.GenerateStreamResponse(delta=translate.delta(event, output))
         case Progress():
             return pb.GenerateStreamResponse(prefill_progress=translate.progress(event))
-        case Delta():
-            return pb.GenerateStreamResponse(delta=translate.delta(event, output))
+        case pb.Accepted():
+            return pb.GenerateStreamResponse(accepted=event)
         case Finished():
             return pb.GenerateStreamResponse(finished=translate.finished(event))
         case Failed():

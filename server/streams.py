@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
-import threading
+import ctypes
+import os
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator
 
 from pagestream.server.errors import AbortedError
@@ -52,7 +53,7 @@ class Mailbox:
             if progress is not None:
                 yield progress
             for waiting in deltas.values():
-                yield merge(waiting)
+                yield merge(waiting) if len(waiting) > 1 else waiting[0]
             for end in ends:
                 yield end
 
@@ -68,14 +69,17 @@ class Streams:
     """All mailboxes, by job: a request id may be in use again while the reader of its last answer is slow.
 
     `publish` may be called from any thread and costs the loop one wake-up for a whole step. It does not let go of the
-    interpreter, as `call_soon_threadsafe` does: the loop would take it there and then, between two steps. A courier
-    knocks at the loop instead, as soon as the engine lets go, which is while the kernels run.
+    interpreter, as `call_soon_threadsafe` does: the loop would take it there and then, between two steps. So the loop
+    delivers as soon as the engine lets go, which is while the kernels run.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._publications: queue.SimpleQueue[Publication] = queue.SimpleQueue()
-        threading.Thread(target=self._carry, name="courier", daemon=True).start()
+        self._publications: deque[Publication] = deque()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._ring = ctypes.PyDLL(None).eventfd_write  # os.eventfd_write lets go of the interpreter
+        self._ring.argtypes = ctypes.c_int, ctypes.c_uint64
+        weakref.finalize(self, os.close, self._bell)
+        loop.call_soon_threadsafe(loop.add_reader, self._bell, self._deliver)
         self._mailboxes: dict[Job, Mailbox] = {}
         self._empty = asyncio.Event()
         self._empty.set()
@@ -109,15 +113,13 @@ class Streams:
         await self._empty.wait()
 
     def publish(self, publication: Publication) -> None:
-        self._publications.put(publication)
+        self._publications.append(publication)
+        self._ring(self._bell, 1)
 
-    def _carry(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-            while True:
-                self._loop.call_soon_threadsafe(self._deliver, self._publications.get())
-
-    def _deliver(self, publication: Publication) -> None:
-        for job, event in publication:
-            mailbox = self._mailboxes.get(job)
-            if mailbox is not None:  # the client may have gone meanwhile
-                mailbox.put(event)
+    def _deliver(self) -> None:
+        os.eventfd_read(self._bell)
+        while self._publications:
+            for job, event in self._publications.popleft():
+                mailbox = self._mailboxes.get(job)
+                if mailbox is not None:  # the client may have gone meanwhile
+                    mailbox.put(event)

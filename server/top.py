@@ -5,23 +5,27 @@ from __future__ import annotations
 
 import json
 import math
+import ssl
 import time
 import urllib.request
 from collections import deque
+from http.client import HTTPException
 from typing import Annotated, Any
+from urllib.error import HTTPError
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+from pagestream.server.client import Credentials
 from pagestream.server.metric_families import CTX
+from pagestream.server.options import TlsCa, TlsCert, TlsKey, Token
 
 UNREACHABLE = 4  # exit code; 0 is the user's leaving
 _WINDOW = 60.0  # seconds that rates and quantiles are of
 _RECENT = 8  # requests shown
 _SECONDS = 3.0  # for an answer
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 Document = dict[str, Any]
 
@@ -31,23 +35,30 @@ def top(
     *,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print what there is since the start, and end.")] = False,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    token: Token = None,
 ) -> None:
     """Watches a server in the terminal; Ctrl-C leaves. Times are of the last minute.
+
+    Where the server has keys, the token is that of a key with [bold]metrics = true[/].
 
     Example: [bold]pagestream top http://gpu-box:8080[/]
     """
     console = Console()
     try:
+        page = LivePage(url, Credentials(tls_ca, tls_cert, tls_key, token))
         if once:
-            console.print(view(_read(url), None, None))
+            console.print(view(page.read(), None, None))
             return
-        readings = deque([(time.monotonic(), _read(url))])
+        readings = deque([(time.monotonic(), page.read())])
         with Live(console=console, screen=True, auto_refresh=False) as screen:
             while True:
                 (begun, before), (at, now) = readings[0], readings[-1]
                 screen.update(view(now, before, at - begun) if at > begun else view(now, None, None), refresh=True)
                 time.sleep(interval)
-                readings.append((time.monotonic(), _read(url)))
+                readings.append((time.monotonic(), page.read()))
                 while readings[-1][0] - readings[1][0] >= _WINDOW:
                     readings.popleft()
     except (OSError, ValueError) as error:
@@ -57,11 +68,32 @@ def top(
         return
 
 
-def _read(url: str) -> Document:
-    """Raises OSError if nothing answers, ValueError for an answer that is no JSON."""
-    with _OPENER.open(f"{url.rstrip('/')}/live.json", timeout=_SECONDS) as response:
-        document: Document = json.load(response)
-    return document
+class LivePage:
+    """A server's /live.json. Raises OSError for files of credentials that cannot be used."""
+
+    def __init__(self, url: str, credentials: Credentials) -> None:
+        self._url = f"{url.rstrip('/')}/live.json"
+        context = ssl.create_default_context(cafile=credentials.ca)
+        if credentials.cert:
+            context.load_cert_chain(credentials.cert, credentials.key)
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
+        self._opener.addheaders += [(name, str(value)) for name, value in credentials.metadata]
+
+    def read(self) -> Document:
+        """Raises OSError if nothing answers or the server refuses, ValueError for an answer of another program."""
+        try:
+            with self._opener.open(self._url, timeout=_SECONDS) as response:
+                document: Document = json.load(response)
+        except HTTPError as error:
+            said = error.read(200).decode(errors="replace").partition("\n")[0]
+            raise OSError(f"{error}: {said}") from error
+        except HTTPException as error:
+            raise ValueError("what answers there speaks no HTTP") from error
+        if not isinstance(document, dict) or not {"model", "families"} <= document.keys():
+            raise ValueError("what answers there is no pagestream server")
+        return document
 
 
 def view(now: Document, before: Document | None, seconds: float | None) -> RenderableType:

@@ -19,13 +19,13 @@ from pagestream.server.scheduler import Scheduler
 ALERT = 0.3  # nats per token below the baseline
 
 
-def load(path: Path, factor: float) -> LoadedModel:
+def load(path: Path, factor: float, kv_dtype: str) -> LoadedModel:
     """As it is served by default, with positions divided by a factor."""
     checkpoint = open_checkpoint(path)
     if factor != 1:
         scaling = RopeScaling("linear", factor, checkpoint.config.max_position)
         checkpoint.config = replace(checkpoint.config, rope_scaling=scaling)  # type: ignore[misc]
-    options = {"dtype": "int4", "kv_dtype": "auto", "device": "cpu", "page_size": 32, "max_context": 2048}
+    options = {"dtype": "int4", "kv_dtype": kv_dtype, "device": "cpu", "page_size": 32, "max_context": 2048}
     return load_model(checkpoint, **options, token_budget=512, kv_memory=64 * 2**20)  # type: ignore[arg-type]
 
 
@@ -44,12 +44,13 @@ def score(loaded: LoadedModel, probes: list[Probe]) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_wrong_rotary_scale_trips_canaries_and_a_second_run_does_not(default_model_path: Path) -> None:
-    sound = load(default_model_path, 1)
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_a_wrong_rotary_scale_trips_canaries_and_a_second_run_does_not(default_model_path: Path, kv_dtype: str) -> None:
+    sound = load(default_model_path, 1, kv_dtype)
     probes = make_probes(open_checkpoint(default_model_path).load_tokenizer(), sound.config.vocab_size, 256)
     baseline = score(sound, probes)
     print([f"{probe.task} {probe.length}: {value:.3f}" for probe, value in zip(probes, baseline, strict=True)])  # noqa: T201
     assert score(sound, list(reversed(probes))) == list(reversed(baseline)), "to the last bit, in another order"
-    wrong = score(load(default_model_path, 2), probes)
+    wrong = score(load(default_model_path, 2, kv_dtype), probes)
     print([f"{value:.3f}" for value in wrong])  # noqa: T201
     assert all(after < before - ALERT for before, after in zip(baseline, wrong, strict=True))

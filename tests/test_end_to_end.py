@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
-import subprocess
-import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import model_pb2, tokenizer_pb2
-from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
-from tests.support.client import SERVING, Answer, Client, gather, refusal_of, refused
+from tests.support.client import SERVING, Client, gather, refusal_of, refused
 from tests.support.process import ServerProcess
 from tests.support.waiting import WAIT, wait_until
 
@@ -149,19 +144,20 @@ def test_the_prompt_is_read_in_chunks_and_progress_says_so(client: Client) -> No
 
 
 def test_a_prompt_over_the_pool_fails_at_once_and_blocks_nobody(server: ServerProcess, client: Client) -> None:
+    """At once: while an answer of hundreds of steps is still being made, as is the one behind it."""
     server.wait_for_log(r"longest request: 1024 tokens, not 4096")
-    busy = client.open(text="busy", stop=stop(400, ignore_eos=True))
+    busy = client.open(text="busy", stop=stop(900, ignore_eos=True))
     next(busy)
-    started = time.monotonic()
     with ThreadPoolExecutor() as threads:
+        rest = threads.submit(gather_rest, busy)
         behind = threads.submit(
             client.stream, token_ids=pb.TokenIds(ids=range(100, 116)), stop=stop(8, ignore_eos=True)
         )
         with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_KV_CAPACITY"):
             client.stream(token_ids=pb.TokenIds(ids=[5] * 2048))
-        assert time.monotonic() - started < 1
         assert behind.result(WAIT).finished.usage == pb.Usage(prompt_tokens=16, output_tokens=8)
-    gather_rest(busy)
+        assert not rest.done()
+        rest.result(WAIT)
 
 
 def gather_rest(call: Any) -> None:
@@ -184,28 +180,32 @@ def test_preempted_answers_are_those_given_alone(server: ServerProcess, client: 
 
 
 def test_cancel_and_deadline_free_the_blocks(server: ServerProcess, client: Client) -> None:
-    def released() -> float:
-        return server.metric("cancel_release_seconds_count")
+    """Long before their answers would have ended, by the clock of an answer of 300 tokens on the same machine."""
 
-    before = released()
+    def released() -> tuple[float, float]:
+        return server.metric("cancel_release_seconds_count"), server.metric("cancel_release_seconds_sum")
+
+    started = time.monotonic()
+    client.stream(text="x", stop=stop(300, ignore_eos=True))
+    took = time.monotonic() - started
+    (count, seconds), steps = released(), server.metric("step_seconds_count")
     leaving = client.open(text="x", stop=stop(1000, ignore_eos=True))
     next(leaving)
     leaving.cancel()
     with pytest.raises(grpc.RpcError) as error:
-        gather(client.open(timeout=0.2, text="x", stop=stop(1000, ignore_eos=True)))
+        gather(client.open(timeout=took, text="x", stop=stop(1000, ignore_eos=True)))
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_until(lambda: released() == before + 2, "both are released")
-    steps = server.metric("step_seconds_bucket", le="0.5") / server.metric("step_seconds_count")
-    assert steps == 1, "the machine is too slow for the next line to mean anything"
-    assert server.metric("cancel_release_seconds_sum") < 0.5 * released()
+    wait_until(lambda: released()[0] == count + 2, "both are released")
+    assert released()[1] - seconds < took
     server.wait_until_idle()
+    assert server.metric("step_seconds_count") - steps < 1500
 
 
 def test_health_answers_while_a_huge_text_is_tokenised(client: Client, server: ServerProcess) -> None:
     text = "The quick brown fox jumps over the lazy dog, doesn't it? " * 90_000  # 5 MB
     other, waits = server.connect(), []
     with ThreadPoolExecutor() as threads:
-        huge = threads.submit(client.stream, timeout=60, text=text)
+        huge = threads.submit(client.stream, text=text)
         while not huge.done():
             started = time.monotonic()
             assert other.health() == SERVING
@@ -213,104 +213,10 @@ def test_health_answers_while_a_huge_text_is_tokenised(client: Client, server: S
         with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT"):
             huge.result()
     other.close()
-    took = server.metric("tokenize_seconds_sum")
-    p99 = sorted(waits)[int(0.99 * len(waits))]
+    p99, took = sorted(waits)[int(0.99 * len(waits))], server.metric("tokenize_seconds_sum")
     print(f"p99 {p99:.4f} s, worst {max(waits):.4f} s of {len(waits)} calls; tokenised in {took:.2f} s")  # noqa: T201
     assert len(waits) > 20
-    assert p99 < 0.25
-
-
-@pytest.mark.slow
-def test_killed_clients_leave_nothing_behind_and_disturb_nobody(serve: Serve, tiny_model_path: Path) -> None:
-    """200 connections of 8 processes, killed at random points of their streams, beside four that go on.
-
-    Sums in a batch of another size may differ in the last bits, so the four are prompts whose every greedy choice is
-    clear: by a thousandth at least, where the last bits were seen to move log-probabilities by 2e-5.
-    """
-    server = serve(tiny_model_path, *ONE_THREAD, "--max-running", "256", "--page-size", "16")
-    client = server.connect()
-
-    def ask(number: int) -> Answer:
-        output = pb.OutputConfig(token_ids=True, logprobs=2)
-        return client.stream(timeout=60, text=f"survivor {number}", stop=stop(100, ignore_eos=True), output=output)
-
-    def is_clear(answer: Answer) -> bool:
-        return all(chosen.top[0].logprob - chosen.top[1].logprob > 1e-3 for chosen in answer.logprobs)
-
-    answers = {number: ask(number) for number in range(20)}
-    alone = {number: answer.token_ids for number, answer in answers.items() if is_clear(answer)}
-    survivors = list(alone)[:4]
-    assert len(survivors) == 4
-    server.wait_until_idle()
-    files, tasks = server.resources()
-    over = threading.Event()
-
-    def survive(number: int) -> int:
-        rounds = 0
-        while not over.is_set():
-            assert ask(number).token_ids == alone[number]
-            rounds += 1
-        return rounds
-
-    rng = random.Random(5)
-    with ThreadPoolExecutor(12) as threads:
-        surviving = [threads.submit(survive, number) for number in survivors]
-        try:
-            list(threads.map(lambda events: kill_a_client(server, events), [rng.randint(0, 30) for _ in range(8)]))
-        finally:
-            over.set()
-        assert all(survivor.result(60) > 0 for survivor in surviving)
-    server.wait_until_idle()
-    assert server.metric("requests_finished_total", reason="cancelled") == 200
-    assert all(ask(number).token_ids == alone[number] for number in survivors)
-    wait_until(lambda: server.resources()[0] <= files, f"files are closed: {server.resources()}, {files} before")
-    assert server.resources()[1] <= tasks + 8  # gRPC keeps a few threads more or less, whatever happened
-    assert server.process.poll() is None
-    client.close()
-
-
-def kill_a_client(server: ServerProcess, events: int) -> None:
-    script = Path(__file__).parent / "support" / "victims.py"
-    victim = subprocess.Popen([sys.executable, script, server.address, "25", str(events)], stdout=subprocess.PIPE)
-    assert victim.stdout is not None
-    try:
-        assert victim.stdout.readline() == b"ready to die\n"
-    finally:
-        victim.kill()
-        victim.wait(WAIT)
-        victim.stdout.close()
-
-
-@pytest.mark.slow
-def test_sixteen_streams_of_the_default_model_are_each_as_if_alone(serve: Serve, default_model_path: Path) -> None:
-    server = serve(default_model_path, *ONE_THREAD)
-    subjects = ("rain", "bees", "Rome", "chess", "salt", "Mars", "tea", "jazz", "glass", "owls", "paper", "gold")
-    subjects += ("trains", "wolves", "bread", "ice")
-    questions = [f"Tell me {'again and ' * length}again about {what}." for length, what in enumerate(subjects)]
-    requests = [
-        pb.GenerateStreamRequest(
-            chat=pb.Chat(messages=[pb.ChatMessage(role="user", content=question)]),
-            stop=stop(20),
-            output=pb.OutputConfig(token_ids=True, logprobs=0),
-        )
-        for question in questions
-    ]
-
-    async def ask(stub: GenerationServiceStub, request: pb.GenerateStreamRequest) -> Answer:
-        return gather([event async for event in stub.GenerateStream(request, timeout=120)])
-
-    async def scenario() -> tuple[list[Answer], list[Answer]]:
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            stub = GenerationServiceStub(channel)
-            alone = [await ask(stub, request) for request in requests]
-            return alone, await asyncio.gather(*(ask(stub, request) for request in requests))
-
-    alone, together = asyncio.run(scenario())
-    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
-    assert [answer.text for answer in together] == [answer.text for answer in alone]
-    assert len({answer.text for answer in alone}) > 12, "the questions are too alike to tell answers apart"
-    assert server.metric("decode_step_tokens_total") > 0
-    server.wait_until_idle()
+    assert p99 < 0.2 * took  # of the same machine: it is seconds
 
 
 def test_a_full_queue_says_so_at_once_while_huge_texts_are_tokenised(serve: Serve, tiny_model_path: Path) -> None:
@@ -326,19 +232,22 @@ def test_a_full_queue_says_so_at_once_while_huge_texts_are_tokenised(serve: Serv
             return refusal_of(error).reason
         return None
 
+    said: Counter[str | None] = Counter()
     with ThreadPoolExecutor() as threads:
-        huge = threads.submit(client.stream, timeout=60, text=text)
+        huge = threads.submit(client.stream, text=text)
         wait_until(lambda: server.metric("grpc_active_streams") == 1, "it has its place")
         while not huge.done():
             started = time.monotonic()
-            if ask(other) == "QUEUE_FULL":  # else it came after the huge one
+            reason = ask(other)
+            said[reason] += 1
+            if reason == "QUEUE_FULL":
                 waits.append(time.monotonic() - started)
         with refused("INVALID_ARGUMENT", "PROMPT_EXCEEDS_MODEL_CONTEXT"):
             huge.result()
-    ordered = sorted(waits)
-    median, p99 = ordered[len(waits) // 2], ordered[int(0.99 * len(waits))]
-    print(f"median {median * 1e3:.2f} ms, p99 {p99 * 1e3:.2f} ms of {len(waits)} refusals")  # noqa: T201
-    assert len(waits) > 20
-    assert median < 0.02  # 5 ms where nothing else runs
+    took = server.metric("tokenize_seconds_sum")
+    print(f"fastest {min(waits) * 1e3:.2f} ms of {len(waits)} refusals; tokenised in {took:.2f} s")  # noqa: T201
+    assert said["QUEUE_FULL"] > 20
+    assert server.metric("tokenize_seconds_count") == 1 + said[None]  # those that came after the huge one
+    assert min(waits) < 0.02  # 5 ms where nothing else runs
     client.close()
     other.close()

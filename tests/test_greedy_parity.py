@@ -24,7 +24,7 @@ from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
 from pagestream.server.scheduler import Scheduler
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 PAGE_SIZE = 16
 NEW_TOKENS = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from pagestream.v1 import generation_pb2 as pb
 from tests.support.certificates import make_pair
 from tests.support.client import NOT_SERVING, SERVING, refused
 from tests.support.process import ServerProcess
+from tests.support.waiting import WAIT
 
 PAGESTREAM = (sys.executable, "-m", "pagestream.server")
 Serve = Callable[..., ServerProcess]
 ONE_THREAD = ("--threads", "1")  # where other work runs beside it, threads that wait for each other are slow
+UNREAD = pb.OutputConfig(logprobs=20)  # so large that a stream waits for its reader, whatever the machine does
 CHAT = pb.Chat(messages=[pb.ChatMessage(role="user", content="The quick brown fox?")])
 
 
@@ -27,14 +30,29 @@ def stop(max_tokens: int, **fields: Any) -> pb.StopConfig:
     return pb.StopConfig(max_tokens=max_tokens, **fields)
 
 
-def test_a_server_tells_when_it_is_ready_and_stops_when_told(serve: Serve, default_model_path: Path) -> None:
-    server = serve(default_model_path, *ONE_THREAD, ready=False)
+@pytest.fixture
+def slow_model(tiny_model_path: Path, tmp_path: Path) -> Path:
+    """A model that loads for as long as its config.json, a pipe, has not been written."""
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    for file in tiny_model_path.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    return folder
+
+
+def test_a_server_tells_when_it_is_ready_and_stops_when_told(
+    serve: Serve, slow_model: Path, tiny_model_path: Path
+) -> None:
+    server = serve(slow_model, *ONE_THREAD, ready=False)
     client = server.connect()
     watching = client.watch()
     assert next(watching) == NOT_SERVING
     assert client.health("liveness") == SERVING
     with refused("UNAVAILABLE", "LOADING"):
         client.stream(text="x")
+    (slow_model / "config.json").write_text((tiny_model_path / "config.json").read_text())
     assert next(watching) == SERVING
     assert client.stream(chat=CHAT, stop=stop(2)).finished.usage.output_tokens == 2
     client.close()
@@ -43,24 +61,24 @@ def test_a_server_tells_when_it_is_ready_and_stops_when_told(serve: Serve, defau
     assert "Traceback" not in "".join(server.log)
 
 
-def test_a_server_that_is_still_loading_stops_when_told(serve: Serve, default_model_path: Path) -> None:
-    server = serve(default_model_path, *ONE_THREAD, ready=False)
+def test_a_server_that_is_still_loading_stops_when_told(serve: Serve, slow_model: Path) -> None:
+    server = serve(slow_model, *ONE_THREAD, ready=False)
     server.terminate()
     assert server.wait_for_exit() == 0
     assert not any("ready:" in line or "Traceback" in line for line in server.log)
 
 
 def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> None:
-    server = serve(tiny_model_path, *ONE_THREAD)
+    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "120")
     client = server.connect()
-    running = client.open(text="x", stop=stop(1500, ignore_eos=True))
+    running = client.open(text="x", stop=stop(1000, ignore_eos=True), output=UNREAD)
     next(running)
     server.terminate()
     server.wait_for_log("draining")
     with refused("UNAVAILABLE", "DRAINING") as refusal:
         client.stream(text="x")
-    assert refusal.got.retry_after == 30
-    assert list(running)[-1].finished.usage.output_tokens == 1500
+    assert refusal.got.retry_after == 120
+    assert list(running)[-1].finished.usage.output_tokens == 1000
     assert server.wait_for_exit() == 0
     client.close()
 
@@ -68,7 +86,7 @@ def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> No
 def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
     server = serve(tiny_model_path, *ONE_THREAD)
     client = server.connect()
-    running = client.open(text="x", stop=stop(4000, ignore_eos=True))
+    running = client.open(text="x", stop=stop(4000, ignore_eos=True), output=UNREAD)
     next(running)
     server.terminate()
     server.wait_for_log("draining")
@@ -80,12 +98,12 @@ def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> N
 
 
 def test_when_the_grace_is_over_the_rest_ends_with_what_it_has(serve: Serve, tiny_model_path: Path) -> None:
-    """A short answer ends inside the grace of two seconds; a long one and one that nobody reads do not."""
-    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "2", "--max-running", "2")
+    """A short answer ends inside the grace of four seconds; a long one and one that nobody reads do not."""
+    server = serve(tiny_model_path, *ONE_THREAD, "--drain-seconds", "4", "--max-running", "2")
     client = server.connect()
     watching = client.watch()
     assert next(watching) == SERVING
-    endless: dict[str, Any] = {"text": "x", "stop": stop(4000, ignore_eos=True), "output": pb.OutputConfig(logprobs=20)}
+    endless: dict[str, Any] = {"text": "x", "stop": stop(4000, ignore_eos=True), "output": UNREAD}
     calls = [client.open(text="x", stop=stop(20, ignore_eos=True)), client.open(**endless)]
     calls += [server.connect().open(**endless), client.open(**endless)]
     for call in calls:
@@ -94,7 +112,7 @@ def test_when_the_grace_is_over_the_rest_ends_with_what_it_has(serve: Serve, tin
     assert next(watching) == NOT_SERVING
     with refused("UNAVAILABLE", "DRAINING") as refusal:
         client.stream(text="x")
-    assert refusal.got.retry_after == 2
+    assert refusal.got.retry_after == 4
     assert list(calls[0])[-1].finished.usage.output_tokens == 20
     for call in (calls[1], calls[3]):
         with refused("UNAVAILABLE", "DRAINING") as refusal:
@@ -110,7 +128,7 @@ def test_a_port_that_is_taken_is_said_once(serve: Serve, tiny_model_path: Path) 
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "pagestream.server", "serve", str(tiny_model_path)]
         command += ["--grpc-port", str(port), "--http-port", "0"]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
     assert run.returncode == 1
     expected = f"pagestream: the gRPC port 127.0.0.1:{port} cannot be opened; is another server running?"
     assert run.stderr.splitlines() == [expected]
@@ -140,7 +158,7 @@ def test_a_locked_server_serves_who_may_and_drains_by_its_admin_socket(
     state = subprocess.run([*admin, "state"], capture_output=True, text=True, check=True)
     assert json.loads(state.stdout)["state"] == "ready"
     subprocess.run([*admin, "drain"], check=True)
-    assert server.wait_for_exit(60) == 0
+    assert server.wait_for_exit() == 0
     assert not socket_path.exists()
     calls = [json.loads(line) for line in server.log if "pagestream.request" in line]
     assert [(call["status"], call.get("key")) for call in calls] == [("UNAUTHENTICATED", None), ("OK", "me")]

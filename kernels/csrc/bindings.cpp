@@ -212,13 +212,40 @@ const T* data_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.data_ptr());
 }
 
+// Page sizes are those of checks.py.
+void check_caches(const pagestream::DecoderModel& m, const Tensor& caches, const std::optional<Tensor>& scales) {
+  const ScalarType type = caches.scalar_type();
+  bool fits = (type == ScalarType::Char) == scales.has_value() && caches.dim() == 6;
+  fits = fits && (scales || type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half);
+  fits = fits && caches.size(0) == m.num_layers && caches.size(2) == m.num_kv_heads && caches.size(3) == 2;
+  fits = fits && caches.size(5) == m.head_size && caches.stride(4) == m.head_size && caches.stride(5) == 1;
+  const int64_t page_size = fits ? caches.size(4) : 0;
+  if (page_size < 16 || page_size > 128 || (page_size & (page_size - 1)) != 0)
+    throw std::invalid_argument("caches have another dtype, layout, shape or page size than the network's");
+  if (!scales) return;
+  fits = scales->scalar_type() == ScalarType::Float && scales->dim() == 5 && scales->stride(4) == 1;
+  for (int64_t dim = 0; dim < 5; ++dim) fits = fits && scales->size(dim) == caches.size(dim);
+  if (!fits) throw std::invalid_argument("scales of caches have another dtype, layout or shape than those");
+}
+
 void decode(const Tensor model, double epsilon, double magnitude, const Tensor token_ids, const Tensor positions,
             const Tensor slots, const Tensor query_starts, const Tensor context_lengths, const Tensor block_tables,
-            const Tensor sampled_rows, int64_t prefill_rows, const Tensor caches, const std::optional<Tensor> scales, const Tensor logits,
+            const Tensor sampled_rows, int64_t prefill_rows, const Tensor caches, const std::optional<Tensor> scales,
+            const Tensor logits, const Tensor summary, const std::optional<Tensor> with_statistics,
             const Tensor seconds, const std::optional<Tensor> observed, const std::optional<Tensor> spans,
             const std::optional<Tensor> means, const std::optional<Tensor> page_masses,
             const std::optional<Tensor> span_shares) {
   const auto& m = *reinterpret_cast<const pagestream::DecoderModel*>(model.data_ptr());
+  const int64_t rows = token_ids.size(0), sequences = context_lengths.size(0), layers = m.num_layers;
+  check("token_ids", token_ids, ScalarType::Long, {rows});
+  check("positions", positions, ScalarType::Long, {rows});
+  check("slots", slots, ScalarType::Long, {rows});
+  check("query_starts", query_starts, ScalarType::Int, {sequences + 1});
+  check("context_lengths", context_lengths, ScalarType::Int, {sequences});
+  check("block_tables", block_tables, ScalarType::Int, {sequences, block_tables.size(1)});
+  check("sampled_rows", sampled_rows, ScalarType::Long, {sampled_rows.size(0)});
+  if (with_statistics) check("with_statistics", *with_statistics, ScalarType::Bool, {sampled_rows.size(0)});
+  check_caches(m, caches, scales);
   const int64_t element = caches.element_size();
   pagestream::DecoderStep s = {};
   s.token_ids = data_of<int64_t>(token_ids);
@@ -228,6 +255,8 @@ void decode(const Tensor model, double epsilon, double magnitude, const Tensor t
   s.sampled_rows = data_of<int64_t>(sampled_rows);
   s.num_sampled = sampled_rows.size(0);
   s.logits = static_cast<float*>(logits.data_ptr());
+  s.summary = static_cast<pagestream::OutputSummary*>(summary.data_ptr());
+  s.with_statistics = with_statistics ? data_of<bool>(*with_statistics) : nullptr;
   s.seconds = static_cast<double*>(seconds.data_ptr());
   s.epsilon = static_cast<float>(epsilon);
   s.magnitude = static_cast<float>(magnitude);

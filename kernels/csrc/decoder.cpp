@@ -8,6 +8,7 @@
 
 #include "observer.h"
 #include "operators.h"
+#include "outputs.h"
 #include "store_kv.h"
 #include "thread_pool.h"
 
@@ -61,6 +62,7 @@ class Decoder {
   }
 
   void run() {
+    s_.seconds[0] = s_.seconds[1] = 0;
     start();
     const float* bias = nullptr;
     for (int64_t l = 0; l < m_.num_layers; ++l) {
@@ -80,6 +82,7 @@ class Decoder {
     prefill_rows_ = 0;
     norm(delta_, bias, m_.norm, m_.lm_head);
     multiply_rows(m_.lm_head, quantized_, s_.logits, m_.vocab_size);
+    summarize_outputs(*kernels_.rows, s_, m_.vocab_size, threads_);
   }
 
  private:

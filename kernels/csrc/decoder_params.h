@@ -54,18 +54,34 @@ struct Observation {
   float* span_shares;  // [N, L, Hq, 2]: mass, <o_span, o> / |o|^2
 };
 
+// A row of logits, over the vocabulary. outputs.py reads it as doubles.
+struct OutputSummary {
+  double token;                 // the likeliest; of several the first
+  double largest;               // its logit; NaN if one is
+  double entropy, top1, margin;  // where asked for: of the softmax, nats; its largest value; that less the second
+};
+
+// The same of a part of the vocabulary.
+struct OutputPart {
+  int32_t token;
+  float largest, second;  // second: -inf where there is none
+  float sum, log_sum;     // where asked for: of w = 2^x and of w x; x: log2 e (logit - largest)
+};
+
 struct DecoderStep {
   const int64_t *token_ids, *positions, *slots;  // [T]
   int64_t prefill_rows;                          // the last of the T rows, multiplied as such (linear_params.h)
   const int64_t* sampled_rows;                   // [R], increasing
   int64_t num_sampled;                           // R
   float* logits;                                 // [R, V]
+  OutputSummary* summary;                        // [R]
+  const bool* with_statistics;                   // [R] or null: of none
   float epsilon, magnitude;                      // of the norms; of cosines and sines
   int64_t cache_layer_bytes;                     // from one layer's caches to the next one's
   int64_t scale_layer_stride;                    // likewise, floats, of int8 caches
   AttentionParams attention;                     // all but query, out and window; the caches are those of layer 0
   const Observation* observation;                // or null
-  double* seconds;                               // [2] added to: what attention and what products took
+  double* seconds;                               // [2]: what attention and what products took
 };
 
 // One build of rows.cpp for one instruction set: what happens to a row between two products.
@@ -77,6 +93,7 @@ struct RowKernel {
   void (*rotate)(float* heads, int64_t count, int64_t head_size, const float* norm_weight, float epsilon,
                  const float* cos, const float* sin);
   void (*gate)(float* gate, const float* up, int64_t width);  // gate = silu(gate) * up
+  OutputPart (*summarize)(const float* logits, int64_t begin, int64_t end, bool with_statistics);
 };
 
 }  // namespace pagestream

@@ -71,10 +71,10 @@ void run_blocks(const LinearParams& p, int64_t begin, int64_t end) {
 
 template <int kBits>
 void run_kinds(const LinearParams& p, int64_t begin, int64_t end) {
-  run_blocks<kBits>(integer_rows(p), begin, end);
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__)  // first: they have the time to fetch weights, and few others would wait for them
   if (p.prefill_rows > 0) run_panels<kBits>(prefill_rows(p), begin, end);
 #endif
+  run_blocks<kBits>(integer_rows(p), begin, end);
 }
 
 void run(const LinearParams& p, int64_t begin, int64_t end) {

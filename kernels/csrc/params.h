@@ -12,7 +12,7 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kInt8, kFloat8 };
 // that is why a row has the same bits alone, in any batch, under any chunking and on any number of threads.
 constexpr int kTile = 64;            // keys converted to float32 at a time
 constexpr int kTilesPerSplit = 4;    // 256 keys share one softmax state; splits are merged in order
-constexpr int kMaxRowsPerBlock = 256;  // query rows (positions x heads of one group) that share a converted tile
+constexpr int kMaxRowsPerBlock = 384;  // query rows (positions x heads of one group) that share a converted tile
 constexpr int kBands = 16;           // of distance from a row, each twice as wide as the one before
 
 struct AttentionParams {

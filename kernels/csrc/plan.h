@@ -1,5 +1,6 @@
-// Cuts the work of one call into equal contiguous pieces (stream-K), a few per thread: no thread waits for the longest
-// sequence. A block of rows that crosses a boundary is cut between splits and merged afterwards.
+// Cuts the work of one call into contiguous pieces, a few per thread: no thread waits for the longest sequence. A block of
+// many rows that crosses a thread's share is cut between rows. One of few rows is cut between splits (stream-K), which
+// are stored and merged afterwards.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +26,8 @@ constexpr int64_t kTileCostInRows = 8;
 // Fewer rows x tiles than this are not worth handing out.
 constexpr int64_t kMinCostPerPiece = 20;
 constexpr int64_t kPiecesPerThread = 4;
+// As many rows rather have their keys read twice than their splits stored and merged; no part of them has fewer than half.
+constexpr int64_t kManyRows = 64;
 
 inline int64_t num_rows(const AttentionParams& p, const Segment& block) {
   return int64_t{block.num_positions} * (p.num_heads / p.num_kv_heads);
@@ -51,33 +54,63 @@ inline void check_sequence(const AttentionParams& p, int32_t s) {
   }
 }
 
+inline Segment row_block(const AttentionParams& p, int32_t s, int32_t head, int32_t row, int32_t positions) {
+  const int32_t position = p.context_lengths[s] - p.query_starts[s + 1] + row;
+  const int32_t first_visible = p.window > 0 ? std::max(0, position - p.window + 1) : 0;
+  const int32_t tile_end = (position + positions + kTile - 1) / kTile;
+  return {s, head, row, position, positions, first_visible / kTile, tile_end, false, 0};
+}
+
 inline std::vector<Segment> row_blocks(const AttentionParams& p) {
   const int32_t block_positions = std::max(1, kMaxRowsPerBlock / (p.num_heads / p.num_kv_heads));
   std::vector<Segment> blocks;
   for (int32_t s = 0; s < p.num_sequences; ++s) {
     check_sequence(p, s);
-    const int32_t row_begin = p.query_starts[s], row_end = p.query_starts[s + 1];
-    for (int32_t head = 0; head < p.num_kv_heads; ++head) {
-      for (int32_t row = row_begin; row < row_end; row += block_positions) {
-        const int32_t position = p.context_lengths[s] - row_end + row;
-        const int32_t positions = std::min(block_positions, row_end - row);
-        const int32_t first_visible = p.window > 0 ? std::max(0, position - p.window + 1) : 0;
-        const int32_t tile_end = (position + positions + kTile - 1) / kTile;
-        blocks.push_back({s, head, row, position, positions, first_visible / kTile, tile_end, false, 0});
-      }
-    }
+    const int32_t row_end = p.query_starts[s + 1];
+    for (int32_t head = 0; head < p.num_kv_heads; ++head)
+      for (int32_t row = p.query_starts[s]; row < row_end; row += block_positions)
+        blocks.push_back(row_block(p, s, head, row, std::min(block_positions, row_end - row)));
   }
   return blocks;
 }
 
-inline Plan make_plan(const AttentionParams& p, int64_t threads, int64_t partial_floats) {
-  const std::vector<Segment> blocks = row_blocks(p);
+inline int64_t cost(const AttentionParams& p, const Segment& s) {
+  return (s.tile_end - s.tile_begin) * cost_per_tile(p, s);
+}
+
+inline int64_t cost(const AttentionParams& p, const std::vector<Segment>& segments) {
   int64_t total = 0;
-  for (const Segment& b : blocks) total += (b.tile_end - b.tile_begin) * cost_per_tile(p, b);
-  const int64_t most = threads == 1 ? 1 : threads * kPiecesPerThread;
-  const int64_t pieces = std::clamp(total / kMinCostPerPiece, int64_t{1}, most);
-  Plan plan;
-  plan.piece_begin.push_back(0);
+  for (const Segment& s : segments) total += cost(p, s);
+  return total;
+}
+
+// Cuts blocks between rows where a thread's share ends. What is cut comes last: so the longest are begun first.
+inline std::vector<Segment> cut_rows(const AttentionParams& p, const std::vector<Segment>& blocks, int64_t share) {
+  const int32_t group = p.num_heads / p.num_kv_heads;
+  const int32_t fewest = static_cast<int32_t>((kManyRows / 2 + group - 1) / group);  // positions
+  std::vector<Segment> whole, parts;
+  int64_t used = 0, target = share;  // cost up to which the current thread's share goes
+  for (const Segment& block : blocks) {
+    Segment rest = block;
+    for (; used + cost(p, rest) > target; target += share) {
+      const int64_t rows = (target - used) / (rest.tile_end - rest.tile_begin) - kTileCostInRows / 2;
+      const int32_t positions = static_cast<int32_t>(std::max(int64_t{0}, rows / group));
+      if (positions < fewest || rest.num_positions - positions < fewest) continue;
+      parts.push_back(row_block(p, rest.sequence, rest.kv_head, rest.first_row, positions));
+      used += cost(p, parts.back());
+      rest = row_block(p, rest.sequence, rest.kv_head, rest.first_row + positions, rest.num_positions - positions);
+    }
+    used += cost(p, rest);
+    (rest.num_positions < block.num_positions ? parts : whole).push_back(rest);
+  }
+  whole.insert(whole.end(), parts.begin(), parts.end());
+  return whole;
+}
+
+// Cuts blocks into pieces of equal cost that follow those of the plan.
+inline void cut_splits(const AttentionParams& p, const std::vector<Segment>& blocks, int64_t pieces,
+                       int64_t partial_floats, Plan& plan) {
+  const int64_t total = cost(p, blocks), before = plan.num_pieces();
   int64_t used = 0, target = total / pieces;  // cost up to which the current piece goes
   for (const Segment& block : blocks) {
     const int64_t cost = cost_per_tile(p, block);
@@ -96,9 +129,9 @@ inline Plan make_plan(const AttentionParams& p, int64_t threads, int64_t partial
       const int64_t splits = (piece.tile_end + kTilesPerSplit - 1) / kTilesPerSplit - tile / kTilesPerSplit;
       piece.workspace_offset += splits * partial_floats * num_rows(p, block);
       used += (piece.tile_end - tile) * cost;
-      while (used >= target && plan.num_pieces() + 1 < pieces) {
+      while (used >= target && plan.num_pieces() - before + 1 < pieces) {
         plan.piece_begin.push_back(static_cast<int64_t>(plan.segments.size()));
-        target = total * (plan.num_pieces() + 1) / pieces;
+        target = total * (plan.num_pieces() - before + 1) / pieces;
       }
     }
     if (plan.segments.size() > first_piece + 1) {
@@ -109,6 +142,26 @@ inline Plan make_plan(const AttentionParams& p, int64_t threads, int64_t partial
     }
   }
   plan.piece_begin.push_back(static_cast<int64_t>(plan.segments.size()));
+}
+
+inline Plan make_plan(const AttentionParams& p, int64_t threads, int64_t partial_floats) {
+  const std::vector<Segment> blocks = row_blocks(p);
+  const int64_t total = cost(p, blocks);
+  std::vector<Segment> many, few;
+  for (const Segment& b : blocks) {
+    const int64_t rows_of_a_thread = total / threads / (b.tile_end - b.tile_begin);
+    const bool is_many = num_rows(p, b) >= kManyRows && rows_of_a_thread >= kManyRows;
+    (is_many ? many : few).push_back(b);
+  }
+  Plan plan;
+  plan.piece_begin.push_back(0);
+  plan.segments = cut_rows(p, many, std::max(int64_t{1}, cost(p, many) / threads));
+  for (size_t i = 1; i <= plan.segments.size(); ++i) plan.piece_begin.push_back(static_cast<int64_t>(i));
+  const int64_t left = cost(p, few), most = threads == 1 ? 1 : threads * kPiecesPerThread;
+  if (left > 0) {
+    const int64_t share = std::max(threads, most * left / total);  // of the pieces, as of the cost
+    cut_splits(p, few, std::clamp(left / kMinCostPerPiece, int64_t{1}, share), partial_floats, plan);
+  }
   return plan;
 }
 

@@ -3,12 +3,13 @@
 #include <cmath>
 
 #include "decoder_params.h"
-#include "vec.h"
+#include "softmax.h"
 
 namespace {
 
 using pagestream::kBlockOutputs;
 using pagestream::kGroup;
+using pagestream::OutputPart;
 using pagestream::PackedWeight;
 
 void lookup(const PackedWeight& weight, int64_t output, float* to) {
@@ -71,6 +72,66 @@ void gate(float* gate, const float* up, int64_t width) {
   for (int64_t i = 0; i < width; i += kLanes) store(gate + i, silu(load(gate + i)) * load(up + i));
 }
 
+// One more logit; tokens may come in any order.
+inline void take(OutputPart& part, float logit, int32_t token) {
+  if (logit > part.largest || (logit == part.largest && token < part.token)) {
+    part.second = part.largest;
+    part.largest = logit;
+    part.token = token;
+  } else if (logit > part.second) {
+    part.second = logit;
+  }
+}
+
+OutputPart find_largest(const float* logits, int64_t begin, int64_t end) {
+  const int32_t first = static_cast<int32_t>(begin);
+  OutputPart part = {first, -INFINITY, -INFINITY, 0, 0};
+  Float largest = broadcast(-INFINITY), second = largest;
+  Int token = lane_index() + first, at = token, any_nan{};
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes, at += kLanes) {
+    const Float x = load(logits + i);
+    const Int is_larger = x > largest;
+    const Float lesser = is_larger ? largest : x;
+    any_nan |= x != x;
+    second = lesser > second ? lesser : second;
+    largest = is_larger ? x : largest;
+    token = is_larger ? at : token;
+  }
+  bool has_nan = false;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    has_nan |= any_nan[lane] != 0;
+    take(part, largest[lane], token[lane]);
+    take(part, second[lane], INT32_MAX);
+  }
+  for (; i < end; ++i) {
+    has_nan |= logits[i] != logits[i];
+    take(part, logits[i], static_cast<int32_t>(i));
+  }
+  if (has_nan) part.largest = NAN;
+  return part;
+}
+
+OutputPart summarize(const float* logits, int64_t begin, int64_t end, bool with_statistics) {
+  OutputPart part = find_largest(logits, begin, end);
+  if (!with_statistics || !(part.largest > -INFINITY)) return part;
+  Float weights{}, logs{};
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    const Float x = clamp_exponent((load(logits + i) - part.largest) * kLog2E), weight = exp2(x);
+    weights += weight;
+    logs = fma(weight, x, logs);
+  }
+  part.sum = sum(weights);
+  part.log_sum = sum(logs);
+  for (; i < end; ++i) {
+    const float x = (logits[i] - part.largest) * kLog2E, weight = exp2(x);
+    part.sum += weight;
+    part.log_sum += weight * (x > kMinExponent ? x : kMinExponent);
+  }
+  return part;
+}
+
 }  // namespace
 
-extern "C" const pagestream::RowKernel PAGESTREAM_ISA = {lookup, add, norm, rotate, gate};
+extern "C" const pagestream::RowKernel PAGESTREAM_ISA = {lookup, add, norm, rotate, gate, summarize};

@@ -5,7 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "params.h"
 
@@ -22,6 +25,20 @@ inline pagestream::DType dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16: return pagestream::DType::kBFloat16;
     default: return pagestream::DType::kFloat16;
   }
+}
+
+// Raises what Python turns into a ValueError.
+inline void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  bool fits = tensor.scalar_type() == dtype && tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string expected;
+  int64_t dim = 0;
+  for (int64_t size : shape) {
+    fits = fits && tensor.size(dim++) == size;
+    expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  }
+  if (!fits || !tensor.is_contiguous())
+    throw std::invalid_argument(std::string(name) + ": its dtype, shape or layout is wrong; the shape must be [" +
+                                expected + "]");
 }
 
 inline pagestream::AttentionParams make_params(

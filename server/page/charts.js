@@ -50,7 +50,7 @@ class Chart {
         { ...axis, values: (_, splits) => splits.map((v) => (v === null ? "" : y.text(v))), size: 64, filter: y.filter },
       ],
       series: [
-        { label: x.label, value: (_, v) => (v === null ? "–" : x.text(v)) },
+        { label: x.label, value: (_, v) => (v === null ? "" : x.text(v)) },
         ...series.map((one) => ({
           label: one.label,
           stroke: colour(one.colour),
@@ -59,7 +59,7 @@ class Chart {
           fill: one.fill ? `${colour(one.colour)}55` : undefined,
           points: { show: Boolean(one.points), size: 7, fill: colour(one.colour) },
           spanGaps: true,
-          value: (_, v) => (v === null || v === undefined ? "–" : y.text(v)),
+          value: (_, v) => (v === null || v === undefined ? "" : y.text(v)),
         })),
       ],
     };
@@ -78,10 +78,10 @@ const CONTEXT_AXIS = {
   text: (n) => `${tokensText(n)} tokens`,
 };
 
-// A minute at least: around a single point uPlot would put years.
+// A minute at least, and by the data themselves: around a single point uPlot would put a day.
 const TIME_AXIS = {
   label: "time",
-  scale: { time: true, range: (_, low, high) => [Math.min(low, high - 60), high] },
+  scale: { time: true, range: ({ data: [times] }) => [Math.min(times[0], times.at(-1) - 60), times.at(-1)] },
   values: (_, splits) => splits.map((t, i) => (i % 2 ? "" : clockText(t))),
   text: (t) => clockText(t),
 };

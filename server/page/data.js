@@ -109,3 +109,7 @@ function numberText(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(digits)));
 }
+
+function powerText(value) {
+  return value === 0 ? "0" : value.toExponential(1);
+}

@@ -37,12 +37,12 @@ function fitOf(now, phase, terms, cost) {
   const last = terms[terms.length - 1];
   const [low, high] = ["lower95", "upper95"].map((end) => now.value(`cost_fit_${end}_seconds`, last));
   const unit = last === "prefill_c" ? "s/token²" : "s/token";
-  const interval = Number.isFinite(low) ? ` (95 %: ${low.toExponential(1)} to ${high.toExponential(1)})` : "";
+  const interval = Number.isFinite(low) ? ` (95 %: ${powerText(low)} to ${powerText(high)})` : "";
   const slope = now.value("cost_fit_seconds", last);
   return {
     curve,
     text:
-      `${last} ${slope.toExponential(2)} ${unit}${interval}, from ${numberText(samples)} steps, ` +
+      `${last} ${powerText(slope)} ${unit}${interval}, from ${numberText(samples)} steps, ` +
       `valid up to ${numberText(longest)} tokens`,
   };
 }

@@ -52,7 +52,7 @@ def firing(alert: str, folder: Path, promtool: str, series: dict[str, Series], e
     test = {"interval": "10s", "input_series": inputs, "promql_expr_test": [case]}
     file = folder / f"{alert}.yml"
     file.write_text(yaml.safe_dump({"rule_files": [str(ALERTS)], "evaluation_interval": "10s", "tests": [test]}))
-    done = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

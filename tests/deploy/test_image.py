@@ -21,7 +21,7 @@ from tests.deploy.containers import IMAGE, REPOSITORY, Containers
 from tests.support.client import SERVING, Client
 from tests.support.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 START = 120.0  # seconds
 DEV = REPOSITORY / "deploy" / "kubernetes" / "overlays" / "dev"
 POD_CONTAINER = "pagestream-pod-0-pagestream"  # as podman calls it
@@ -139,7 +139,7 @@ def test_the_first_process_heeds_sigterm_before_it_serves(containers: Containers
 
     wait_until(heeds, "SIGTERM is caught", START)
     containers("podman", "kill", "--signal", "TERM", server)
-    assert containers("podman", "wait", server, timeout=30) == "0"
+    assert containers("podman", "wait", server, timeout=300) == "0"
 
 
 @pytest.fixture

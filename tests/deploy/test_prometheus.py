@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "prometheus"
 def run(tool: str, *arguments: str) -> None:
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed (Debian: prometheus, prometheus-alertmanager)")
-    result = subprocess.run([tool, *arguments], check=False, cwd=FOLDER, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([tool, *arguments], check=False, cwd=FOLDER, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -123,7 +123,7 @@ def test_every_panels_queries_return_data(name: str, busy: ServerProcess, promet
         return not waiting
 
     try:
-        wait_until(all_answered, "every query has data", 30)
+        wait_until(all_answered, "every query has data")
     except AssertionError:
         pytest.fail(f"no data for {[(where, queries[where]) for where in waiting]}")
 
@@ -141,7 +141,7 @@ def test_a_full_queue_is_an_alert_that_arrives_and_resolves(
 
     def wait_for(status: str) -> dict[str, Any]:
         while True:
-            alert = told.get(timeout=40)
+            alert = told.get(timeout=2 * WAIT)
             if (alert["labels"]["alertname"], alert["status"]) == ("PagestreamQueueFull", status):
                 return alert
 
@@ -180,7 +180,7 @@ def test_the_live_page_in_a_browser(width: int, busy: ServerProcess, tmp_path: P
     page = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", *quiet, "--enable-logging=stderr", f"--user-data-dir={tmp_path}",
          f"--window-size={width},1000", "--virtual-time-budget=7000", "--dump-dom", f"http://{busy.http_address}/"],
-        check=True, capture_output=True, text=True, timeout=60,
+        check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     after = get_json(f"http://{busy.http_address}/live.json")["families"]
     dom = page.stdout
@@ -217,7 +217,7 @@ def test_the_stack_starts_shows_degradation_and_stops(tiny_model_path: Path) -> 
         )
         assert f"http://127.0.0.1:{ports['http']}/" in said
         prometheus = Prometheus(ports["prometheus"])
-        wait_until(lambda: len(prometheus.query(stack.DEGRADATION)) > 1, "degradation has two contexts", 60)
+        wait_until(lambda: len(prometheus.query(stack.DEGRADATION)) > 1, "degradation has two contexts")
         process.send_signal(signal.SIGINT)
         assert process.wait(2 * WAIT) == 0
     finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pagestream.kernels import build, paged_attention, reference
 from tests.kernels.host_gpu.program import HostGpu, running
-from tests.kernels.laws import Kernel
+from tests.kernels.laws import Kernel, int8_codes
 from tests.kernels.oracle import check_against_oracle, compare
 
 ISAS = ("amx", "avx512", "avx2", "baseline")
@@ -238,8 +238,15 @@ def host_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostGpu]:
         yield machine
 
 
-_EXACT = [(name, torch.float32) for name in ("reference", "avx512", "avx2", "baseline", "cuda")]
-_ROUNDED = [(name, torch.bfloat16) for name in ("reference", "amx", "avx512", "avx2", "host-executed CUDA", "cuda")]
+_CPU = ("reference", *ISAS)
+_EXACT = [
+    *((name, torch.float32) for name in ("reference", "avx512", "avx2", "baseline", "cuda")),
+    *((name, torch.int8) for name in ("reference", "avx512", "avx2", "baseline")),
+]
+_ROUNDED = [
+    *((name, torch.bfloat16) for name in (*_CPU, "host-executed CUDA", "cuda")),
+    ("amx", torch.int8),
+]
 
 
 def _cases(cases: list[tuple[str, torch.dtype]]) -> list[Any]:
@@ -260,10 +267,10 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
             out, *others = machine.attend(batch, stats=stats, page_masses=page_masses)
             return Result(out.float(), *others)
 
-        yield Kernel(name, dtype, attend, pack, slow=True)
+        yield Kernel(name, dtype, attend, pack, is_exact=False, slow=True)
         return
     with _implementation(name) as attend_here:
-        yield Kernel(name, dtype, attend_here, pack)
+        yield _kernel(name, dtype, attend_here)
 
 
 @pytest.fixture(params=_cases(_EXACT))
@@ -271,7 +278,20 @@ def exact_kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     """For laws about differences that roundings to bf16 would drown."""
     name, dtype = request.param
     with _implementation(name) as attend_here:
-        yield Kernel(name, dtype, attend_here, pack)
+        yield _kernel(name, dtype, attend_here)
+
+
+def _kernel(name: str, dtype: torch.dtype, attend: Attend) -> Kernel:
+    is_exact = (name, dtype) in _EXACT
+    if dtype != torch.int8:
+        return Kernel(name, dtype, attend, pack, is_exact)
+
+    def attend_in_int8(batch: Batch, *, stats: bool = True, page_masses: bool = True) -> Result:
+        keys, values = int8_codes(batch.key_cache), int8_codes(batch.value_cache)
+        caches = {"key_cache": keys[0], "key_scales": keys[1], "value_cache": values[0], "value_scales": values[1]}
+        return attend(replace(batch, **caches), stats=stats, page_masses=page_masses)
+
+    return Kernel(name, torch.float32, attend_in_int8, pack, is_exact, is_int8=True)
 
 
 @pytest.fixture

@@ -35,16 +35,18 @@ class Kernel:
     """One implementation, and the dtype of the numbers it is fed, which are rounded before any law is applied."""
 
     name: str
-    dtype: torch.dtype
+    dtype: torch.dtype  # of queries, keys and values
     attend: Callable[..., Any]  # (Batch, stats=, page_masses=) -> Result
     pack: Callable[..., Any]
+    is_exact: bool  # its sums are in float32
+    is_int8: bool = False  # `attend` stores keys and values in int8 first
     slow: bool = False  # executed instruction by instruction: give it little
 
-    @property
-    def is_exact(self) -> bool:
-        return self.dtype == torch.float32
-
     def round(self, x: Tensor) -> Tensor:
+        """To what can be stored: rows that were rounded are stored as they are."""
+        if self.is_int8:
+            codes, scales = int8_codes(x)
+            return codes * scales[..., None]
         return x.to(self.dtype).float()
 
     def size(self, wanted: int, little: int) -> int:
@@ -69,6 +71,13 @@ class Kernel:
     def check_stats(self, actual: np.ndarray, expected: np.ndarray) -> None:
         """Statistics are float32 whatever the dtype of the numbers."""
         compare("stats", actual, expected, 1e-4 * np.maximum(1.0, np.abs(expected) / 50))
+
+
+def int8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of rows [..., D] and a scale [...] of each row: a power of two, so that codes times scale is exact and 1 is
+    among what it can be. NaN stays in the scales."""
+    scales = (x.abs().amax(-1) / 127).clamp(min=1e-30).log2().ceil().exp2()
+    return (x / scales[..., None]).round().nan_to_num(99).to(torch.int8), scales
 
 
 def weights(query: Tensor, keys: Tensor, scale: float | None = None) -> np.ndarray:

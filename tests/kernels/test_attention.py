@@ -62,7 +62,7 @@ def test_int8_caches_equal_float64(attend, helpers, name):
     helpers.check_against_oracle(batch, attend(batch))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 330)), min_size=1, max_size=4),
     kv_heads=st.integers(1, 3),

@@ -16,7 +16,6 @@ from pagestream.kernels import build
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc"),
 ]
 CSRC = Path(build.__file__).parent / "csrc"

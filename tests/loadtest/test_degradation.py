@@ -178,7 +178,7 @@ def test_copies_repeat_and_targets_of_paired_perplexity_are_the_same() -> None:
 def test_a_card_of_a_real_server_repeats_and_stands_alone(
     serve: Callable[..., ServerProcess], default_model_path: Path, tmp_path: Path
 ) -> None:
-    server = serve(default_model_path, "--dtype", "auto", "--kv-memory", "64MiB", "--no-speculation")
+    server = serve(default_model_path, "--threads", "1", "--dtype", "auto", "--kv-memory", "64MiB", "--no-speculation")
     effort = Effort(longest=512, per_octave=1, repeats=2, intrusions=1, texts=2, groups=2, passkey_groups=2, controls=1)
 
     def measure(parts: tuple[str, ...]) -> dict[str, Any]:

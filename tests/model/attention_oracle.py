@@ -71,3 +71,22 @@ def span(layers: list[Array], values: Array, begin: int, end: int) -> dict[str, 
         "contribution": float(np.mean(contributions)),
         "max_head_mass": float(max(masses)),
     }
+
+
+def divergence(members: Array, blocks_of: int) -> tuple[float, float]:
+    """Jensen-Shannon divergence and coherence of [members, n] in blocks of so many."""
+    starts = range(0, members.shape[1], blocks_of)
+    blocks = np.array([[p[start : start + blocks_of].sum() for start in starts] for p in members.astype(float)])
+    blocks /= blocks.sum(-1, keepdims=True)
+    jsd = entropy(blocks.mean(0)) - float(np.mean([entropy(p) for p in blocks]))
+    return jsd, 1 - jsd / math.log(min(blocks.shape))
+
+
+def agreement(layers: list[Array], sizes: list[int]) -> Array:
+    """Divergence and coherence of heads, a mean over layers, and those of layers, without the first token: means over
+    blocks of these sizes."""
+    rests = [p * (np.arange(p.shape[1]) > 0) for p in layers]
+    rests = [p[p.sum(-1) > 1e-3] / p[p.sum(-1) > 1e-3].sum(-1, keepdims=True) for p in rests]
+    means = np.array([p.mean(0) for p in rests])
+    found = [(*np.mean([divergence(p, size) for p in rests], axis=0), *divergence(means, size)) for size in sizes]
+    return np.array(np.mean(found, axis=0))

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagestream.model.agreement import agreement
+from pagestream.model.agreement import Agreement, agreement
 from pagestream.model.routing import RoutingAccumulator
 from pagestream.model.step import PageSummary
+from tests.model.attention_oracle import divergence, entropy
 
 Shape = tuple[int, int, int]
 
@@ -21,29 +22,50 @@ def random_masses(shape: Shape, seed: int, sharpness: float = 1.0) -> np.ndarray
     return (np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)).astype(np.float32)
 
 
-def entropy(p: np.ndarray) -> float:
-    return -sum(x * math.log(x) for x in p.tolist() if x > 0)
+@given(
+    layers=st.integers(2, 5),
+    heads=st.integers(2, 6),
+    pages=st.integers(2, 40),
+    page_size=st.sampled_from((16, 32, 128)),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_is_the_mean_over_layers_and_block_sizes(
+    layers: int, heads: int, pages: int, page_size: int, data: st.DataObject
+) -> None:
+    """Of what is not on the first token, renormalised; heads with next to nothing there do not count, nor layers with
+    fewer than two heads that do."""
+    masses = random_masses((layers, heads, pages), data.draw(st.integers(0, 99)), 2)
+    rests = data.draw(st.lists(st.sampled_from((1.0, 0.3, 0.01, 5e-4, 0.0)), min_size=heads, max_size=heads))
+    masses[0] *= np.array(rests, np.float32)[:, None]
+    counting = [layer[layer.sum(-1) > 1e-3].astype(float) for layer in masses]
+    counting = [layer / layer.sum(-1, keepdims=True) for layer in counting]
+    sizes = [size // page_size for size in (16, 64, 256, 1024) if page_size <= size < pages * page_size]
+    found = agreement(masses, page_size)
+    of_heads = [[divergence(layer, size) for layer in counting if len(layer) > 1] for size in sizes]
+    means = np.array([layer.mean(0) for layer in counting if len(layer)])
+    of_layers = [divergence(means, size) for size in sizes] if len(means) > 1 else []
+    assert told(found, "head") == pytest.approx(np.mean(of_heads, axis=(0, 1)) if sizes else (None, None), abs=1e-5)
+    assert told(found, "layer") == pytest.approx(np.mean(of_layers, axis=0) if of_layers else (None, None), abs=1e-5)
 
 
-def brute_force(members: np.ndarray, blocks_of: int) -> tuple[float, float]:
-    """Divergence and coherence of [members, pages] in blocks of so many pages."""
-    starts = range(0, members.shape[1], blocks_of)
-    blocks = np.array([[p[start : start + blocks_of].sum() for start in starts] for p in members.astype(float)])
-    blocks /= blocks.sum(-1, keepdims=True)
-    jsd = entropy(blocks.mean(0)) - float(np.mean([entropy(p) for p in blocks]))
-    return jsd, 1 - jsd / math.log(min(blocks.shape))
+def told(found: Agreement, of: str, null: str = "") -> tuple[object, object]:
+    """Divergence and coherence of `head` or `layer`."""
+    return found[f"{of}_jsd{null}"], found[f"coherence_{of}s{null}"]  # type: ignore[literal-required]
 
 
-@given(st.integers(2, 5), st.integers(2, 6), st.integers(2, 40), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_is_the_mean_over_layers_and_block_sizes(layers: int, heads: int, pages: int, seed: int) -> None:
-    masses = random_masses((layers, heads, pages), seed, 2)
-    sizes = [size // 16 for size in (16, 64, 256, 1024) if pages * 16 > size]
-    found = agreement(masses, 16)
-    of_heads = np.mean([[brute_force(layer, size) for layer in masses] for size in sizes], axis=(0, 1))
-    of_layers = np.mean([brute_force(masses.mean(1), size) for size in sizes], axis=0)
-    assert (found["head_jsd"], found["coherence_heads"]) == pytest.approx(of_heads, abs=1e-5)
-    assert (found["layer_jsd"], found["coherence_layers"]) == pytest.approx(of_layers, abs=1e-5)
+@pytest.mark.parametrize("of", ["head", "layer"])
+def test_the_null_turns_each_member_in_a_circle_by_chance(of: str) -> None:
+    """Of two members their divergence at one of the distances between them, not always the same one."""
+    distances = []
+    for pages in range(5, 20):
+        masses = random_masses((1, 2, pages) if of == "head" else (2, 1, pages), pages, 2)
+        one, other = masses.reshape(2, pages).astype(float)
+        turned = [divergence(np.array([one, np.roll(other, by)]), 1) for by in range(pages)]
+        null = told(agreement(masses, 1024), of, "_null")
+        (distance,) = (by for by in range(pages) if turned[by] == pytest.approx(null, abs=1e-6))
+        distances.append(min(distance, pages - distance))
+    assert len(set(distances)) > 2
 
 
 def test_equal_heads_agree_and_disjoint_heads_do_not() -> None:

@@ -132,7 +132,7 @@ def test_the_sandbox_holds(source: str) -> None:
     ],
 )
 def test_a_runaway_template_ends(source: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(TemplateError):
         ChatTemplate(source, {}).render(CHATS[0], add_generation_prompt=True)
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30

@@ -79,13 +79,18 @@ def bits_of(name: str) -> Bits:
     return 4 if name.startswith("model.layers.") and "v_proj" not in name else 8
 
 
-def quantized(model: PreTrainedModel, config: ModelConfig) -> Weights:
+def bits_apart(name: str) -> Bits:
+    """Gates in 4 bits beside what they multiply in 8, so that their product is in two parts as well."""
+    return 8 if "up_proj" in name else bits_of(name)
+
+
+def quantized(model: PreTrainedModel, config: ModelConfig, bits: Callable[[str], Bits] = bits_of) -> Weights:
     """The model's matrices in groups; the model itself gets the values that groups stand for."""
     state = model.state_dict()
     groups: dict[str, Groups] = {}
     for name, shape in expected_tensors(config).items():
         if len(shape) == 2:
-            packed = quantize(state[name], bits_of(name))
+            packed = quantize(state[name], bits(name))
             state[name].copy_(values(packed))
             groups[name] = packed
     quantized = PackedMatrices(dict.fromkeys(groups, 8), groups.__getitem__, [], None)
@@ -253,22 +258,29 @@ def zeros(config: ModelConfig) -> KVCache:
     return cache
 
 
-def test_prompts_beside_answers_equal_the_network_of_operations(operations: Callable[..., Network]) -> None:
-    make, config = CASES["qwen2, window in the upper layers"]
-    weights = quantized(randomised(make()), config)
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("qwen2, window in the upper layers", bits_of), ("llama, biases", bits_of), ("llama", bits_apart)],
+)
+def test_prompts_beside_answers_equal_the_network_of_operations(
+    operations: Callable[..., Network], name: str, bits: Callable[[str], Bits]
+) -> None:
+    """Where gates are made on the way out of their product, and where a bias or a second part forbids it."""
+    make, config = CASES[name]
+    weights = quantized(randomised(make()), config, bits)
     batch = replace(one_batch(config), prefill_rows=20)
     try:
         with build.forced_isa("amx"):
-            ours = Network(config, weights).logits(batch, zeros(config))
+            ours = Network(config, weights).outputs(batch, zeros(config)).logits
     except ValueError as error:
         pytest.skip(str(error))
-    theirs = operations(config, weights, 20).logits(batch, zeros(config))
+    theirs = operations(config, weights, 20).outputs(batch, zeros(config)).logits
     apart = errors([ours], [theirs])
     assert apart[:2].max() < 0.005
     assert apart[2:].max() < 0.01
-    assert apart[2:].median() < 1e-3
-    exact = operations(config, weights, 0).logits(batch, zeros(config))
-    assert errors([exact], [theirs])[2:].median() > 2e-3
+    assert apart[2:].lt(1e-5).float().mean() > 0.25  # the others attend to one that was rounded to its neighbour
+    exact = operations(config, weights, 0).outputs(batch, zeros(config)).logits
+    assert errors([exact], [theirs])[2:].min() > 1e-4
 
 
 @pytest.mark.parametrize("rows", [[], [21], [0, 1], [1, 3, 20]])
@@ -276,8 +288,10 @@ def test_only_sampled_rows_have_logits_and_all_have_keys(llama: tuple[Network, M
     network, config = llama
     whole, some = zeros(config), zeros(config)
     batch = one_batch(config)
-    exact = network.logits(batch, whole)
-    assert torch.equal(network.logits(replace(batch, sampled_rows=torch.tensor(rows).long()), some), exact[rows])
+    exact = network.outputs(batch, whole).logits
+    assert torch.equal(
+        network.outputs(replace(batch, sampled_rows=torch.tensor(rows).long()), some).logits, exact[rows]
+    )
     assert torch.equal(some.storage, whole.storage)
 
 
@@ -303,16 +317,17 @@ def test_wrong_steps_are_refused_by_name_before_anything_is_written(llama: tuple
         (replace(batch, positions=batch.positions[:-1]), "positions"),
         (replace(batch, token_ids=batch.token_ids.int()), "token_ids"),
         (replace(batch, context_lengths=batch.context_lengths.long()), "context_lengths"),
+        (replace(batch, with_statistics=torch.ones(21, dtype=torch.bool)), "with_statistics"),
     ]
     for step, name in wrong:
         with pytest.raises(ValueError, match=name):
-            network.logits(step, cache)
+            network.outputs(step, cache)
     for other in (
         KVCache(replace(config, num_layers=2), 24, 16, torch.float32, CPU),
         KVCache(config, 9, 8, torch.float32, CPU),
     ):
         with pytest.raises(ValueError, match="caches"):
-            network.logits(batch, other)
+            network.outputs(batch, other)
     assert cache.rows.isnan().all()
 
 

@@ -167,7 +167,7 @@ def chunked_logits(
             for i in running
         )
         batch = build_batch(StepPlan(chunks), PAGE_SIZE, CPU)
-        logits = network.logits(replace(batch, sampled_rows=torch.arange(len(batch.token_ids))), cache)
+        logits = network.outputs(replace(batch, sampled_rows=torch.arange(len(batch.token_ids))), cache).logits
         for index, rows in zip(running, logits.split([chunk.length for chunk in chunks]), strict=True):
             pieces[index].append(rows)
             done[index] += lengths[index]

@@ -127,5 +127,5 @@ def test_wrong_observations_are_refused_by_name_before_anything_is_written() -> 
     ]
     for changed, name in wrong:
         with pytest.raises(ValueError, match=name):
-            network.logits(batch, cache, changed)
+            network.outputs(batch, cache, changed)
     assert cache.rows.isnan().all()

@@ -97,7 +97,7 @@ def logits(loaded: LoadedModel, tokens: list[int], chunk: int) -> torch.Tensor:
         step = Chunk("a", tokens, len(tokens), start, length, range(16), SamplingParams())
         batch = build_batch(StepPlan((step,)), 32, CPU)
         object.__setattr__(batch, "sampled_rows", torch.arange(length))
-        rows.append(network.logits(batch, cache))
+        rows.append(network.outputs(batch, cache).logits)
     return torch.cat(rows)
 
 

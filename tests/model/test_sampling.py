@@ -19,7 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pagestream.model.sampling import BLOCK, NonFiniteLogitsError, draw, filtered_weights, sample
+from pagestream.kernels.outputs import Outputs, summarize
+from pagestream.model import sampling as module
+from pagestream.model.sampling import BLOCK, NonFiniteLogitsError, draw, filtered_weights
 from pagestream.model.step import Chunk, SampledToken, SamplingParams
 
 GREEDY = SamplingParams()
@@ -38,6 +40,11 @@ def random_logits(rows: int, vocabulary: int, seed: int = 0, spread: float = 3.0
 def filtered_probabilities(logits: torch.Tensor, rows: Sequence[SamplingParams]) -> torch.Tensor:
     weights = filtered_weights(logits, rows)[:, : logits.shape[-1]]
     return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[SampledToken]:
+    asked = [chunk.output_stats for chunk in chunks for _ in chunk.sampled_positions]
+    return module.sample(Outputs(logits, summarize(logits, torch.tensor(asked, dtype=torch.bool))), chunks)
 
 
 def choose(logits: torch.Tensor, *chunks: Chunk) -> list[int]:

@@ -97,7 +97,7 @@ def test_facts_of_a_tokenizer_json(json_pair: tuple[Tokenizer, PreTrainedTokeniz
     assert ours.chat_template is None
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.integers(0, 255), max_size=8))
 def test_a_broken_run_of_bytes_keeps_its_valid_characters(
     byte_fallback_backend: Callable[[str], tokenizers.Tokenizer], tmp_path: Path, run: list[int]

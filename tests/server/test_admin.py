@@ -16,6 +16,7 @@ from pagestream.server import __main__ as cli
 from pagestream.server.admin import AdminListener, AdminService
 from pagestream.server.snapshot import ServerState
 from tests.support.service import Service, stop
+from tests.support.waiting import WAIT
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_only_the_servers_own_user_can_open_it(socket: Path) -> None:
 def test_the_admin_service_is_on_no_network(service: Service, socket: Path) -> None:
     method = service.client.channel.unary_unary("/pagestream.v1.AdminService/Drain")
     with pytest.raises(Exception, match="UNIMPLEMENTED"):
-        method(b"", timeout=5)
+        method(b"", timeout=WAIT)
 
 
 def test_a_dead_servers_socket_is_taken_over_and_a_live_ones_is_not(

@@ -118,7 +118,7 @@ def test_an_answer_that_fails_ends_the_call_once_with_what_all_have_made(service
 def test_a_deadline_ends_the_call_once(service: Service) -> None:
     service.rig.runner.hold()
     with refused("DEADLINE_EXCEEDED", None):
-        service.client.stream(timeout=0.2, text="abc", n=3)
+        service.client.stream(timeout=1, text="abc", n=3)
     wait_until(service.rig.engine.inbox._has_mail, "the server has seen it")
     service.rig.runner.allow()
     wait_until(lambda: sum(end_reasons(service).values()) == 3, "all have ended")

@@ -151,13 +151,13 @@ def test_prometheus_client_accepts_the_declarations() -> None:
 
 
 def test_series_stay_in_budget_and_a_scrape_is_quick(filled: Metrics) -> None:
-    """The whole set with every ctx in use; 20 ms is the aim on an idle machine, the bound allows for a busy one."""
+    """The whole set with every ctx in use, in time of the processor; 20 ms is the aim, with room for a slow one."""
     registry = make_registry(filled)
     elapsed = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()
         text = generate_latest(registry).decode()
-        elapsed.append(time.perf_counter() - started)
+        elapsed.append(time.process_time() - started)
     families = list(text_string_to_metric_families(text))
     present = {family.name for family in families if family.samples}
     assert {f"pagestream_{family.name}".removesuffix("_total") for family in FAMILIES} <= present

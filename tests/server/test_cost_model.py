@@ -112,7 +112,7 @@ def test_a_machine_that_halves_its_speed_is_forecast_right_within_tens_of_steps(
     model = taught(2, 60, noise=0.05, terms=slow, model=taught(1, 1000, noise=0.05))
     for _, work in zip(range(100), mixed_steps(random.Random(3)), strict=False):
         assert model.predict(work) == pytest.approx(cost(work, slow), rel=0.25)
-    fit = taught(4, 1500, noise=0.05, terms=slow, model=model).fit()
+    fit = taught(4, 2500, noise=0.05, terms=slow, model=model).fit()
     for term in ("prefill_b", "prefill_c", "decode_a", "decode_b"):
         assert fit.terms[term].value == pytest.approx(slow[term], rel=0.15)
 
@@ -126,6 +126,32 @@ def test_hours_of_decoding_wash_out_nothing_of_prompts() -> None:
         model.observe(work, 1500, cost(work) * (1 + chance.gauss(0, 0.05)))
     after = [model.fit().terms[term].value for term in ("prefill_a", "prefill_b", "prefill_c")]
     assert after == pytest.approx(before, rel=0.2)
+
+
+def paced(seed: int, model: CostModel) -> CostModel:
+    """Prompts alone, and others in chunks beside decodes that each take 60 ms, 1.3 times what their parts would."""
+    chance = random.Random(seed)
+    for _ in range(150):
+        model.observe(decodes_at([700] * 2), 700, cost(decodes_at([700] * 2)) * (1 + chance.gauss(0, 0.1)))
+        start, company = chance.randint(0, 2000), decodes_at([chance.randint(64, 2000)] * chance.choice((1, 2, 4)))
+        if chance.random() < 0.3:
+            work, slower = prompt_from(0, chance.choice((64, 256, 512))), 1.0
+        else:
+            chunks = (company.beside(prompt_from(start, start + tokens)) for tokens in range(8, 512))
+            work, slower = next(work for work in chunks if 1.3 * cost(work) > 0.06), 1.3
+        model.observe(work, 2500, cost(work) * slower * (1 + chance.gauss(0, 0.1)))
+    return model
+
+
+def test_slow_steps_beside_decodes_are_forecast_and_say_nothing_of_prompts_alone() -> None:
+    held, beside = 0, decodes_at([500] * 2).beside(prompt_from(300, 380))
+    for seed in range(20):
+        model = paced(seed, CostModel())
+        assert model.predict(prompt_from(0, 64)) == pytest.approx(cost(prompt_from(0, 64)), rel=0.25)
+        assert model.predict(beside) == pytest.approx(1.3 * cost(beside), rel=0.3)
+        start = model.fit().terms["prefill_a"]
+        held += start.lower <= PLANTED["prefill_a"] <= start.upper
+    assert held >= 18
 
 
 def test_one_step_that_hung_moves_little() -> None:

@@ -119,12 +119,32 @@ def test_a_cancel_frees_the_blocks_before_the_next_step(make_rig: MakeRig) -> No
     assert release.counts[:, -1].tolist() == [1, 0, 0, 0]  # client, deadline, slow reader, shutdown
 
 
+@pytest.mark.parametrize(("early", "reason"), [(0.01, FinishReason.DEADLINE), (1.0, FinishReason.CANCELLED)])
+def test_a_client_that_hangs_up_at_its_deadline_has_not_cancelled(
+    make_rig: MakeRig, early: float, reason: FinishReason
+) -> None:
+    """By its own clock, which may be ahead, as gRPC does in its name."""
+    clock = FakeClock()
+    rig = make_rig(clock=clock)
+    rig.runner.hold()
+    late = rig.submit("late", max_new_tokens=100, deadline=clock.now + 5)
+    rig.runner.wait_until_held()
+    clock.now += 5 - early
+    rig.engine.inbox.cancel(late)
+    rig.runner.allow()
+    wait_until(lambda: late.is_finished, "it has ended")
+    assert late.request.finish_reason is reason
+    release = rig.metrics.read().histograms["cancel_release_seconds"]
+    assert release.counts[:2, -1].tolist() == [reason is not FinishReason.DEADLINE, reason is FinishReason.DEADLINE]
+
+
 def test_a_deadline_frees_the_blocks_before_the_next_step(make_rig: MakeRig) -> None:
     clock = FakeClock()
     rig = make_rig(clock=clock)
     rig.runner.hold()
     late = rig.submit("late", max_new_tokens=100, deadline=clock.now + 5)
-    rig.submit("patient", max_new_tokens=4, deadline=clock.now + 500)
+    # Unlike the other, or it may start a step later and hold the other's block for as long as it copies from it.
+    rig.submit("patient", prompt="xyz", max_new_tokens=4, deadline=clock.now + 500)
     rig.runner.wait_until_held()
     clock.now += 5
     rig.runner.allow(1)

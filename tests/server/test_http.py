@@ -24,7 +24,7 @@ from pagestream.server.http import HttpServer, start_http
 from pagestream.server.keys import KeyFile
 from pagestream.server.metrics import Metrics
 from pagestream.server.snapshot import ServerState
-from tests.support.waiting import wait_until
+from tests.support.waiting import WAIT, wait_until
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def server(metrics: Metrics) -> Iterator[HttpServer]:
 def get(server: HttpServer, path: str, **headers: str) -> tuple[int, bytes, dict[str, str]]:
     request = Request(f"http://127.0.0.1:{server.port}{path}", headers=headers)
     try:
-        with urlopen(request, timeout=5) as response:  # noqa: S310 - loopback
+        with urlopen(request, timeout=WAIT) as response:  # noqa: S310 - loopback
             return response.status, response.read(), dict(response.headers)
     except HTTPError as error:
         with error:
@@ -184,7 +184,7 @@ def test_a_request_has_a_time_for_its_whole_head_not_for_each_byte(monkeypatch: 
 
 
 def test_an_endless_head_is_cut_off(server: HttpServer) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as endless:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as endless:
         endless.sendall(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 4000)
         with contextlib.suppress(ConnectionResetError):
             assert endless.recv(1) == b""
@@ -194,8 +194,8 @@ def test_no_more_connections_than_there_are_places(metrics: Metrics, monkeypatch
     """The next is closed at once, and there is room again when one leaves."""
     monkeypatch.setattr(http, "_MAX_CONNECTIONS", 3)
     server = start_http(0, "127.0.0.1", metrics)
-    held = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3)]
-    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as late:
+    held = [socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) for _ in range(3)]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as late:
         assert late.recv(1) == b""
     for connection in held:
         connection.close()
@@ -233,7 +233,7 @@ def test_ipv6(metrics: Metrics) -> None:
     except OSError as error:
         pytest.skip(f"no IPv6 here: {error}")
     try:
-        with socket.create_connection(("::1", server.port), timeout=10) as client:
+        with socket.create_connection(("::1", server.port), timeout=WAIT) as client:
             client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
             assert b"503" in client.recv(1000)
     finally:

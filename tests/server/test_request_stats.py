@@ -20,6 +20,7 @@ from pagestream.model.step import (
     SpanSummary,
     StatsLevel,
 )
+from pagestream.server.ledger import Account
 from pagestream.server.request_stats import StatsRecord
 from pagestream.server.stats import RequestStats, Span, StatsDetail, StatsRequest
 from tests.support.summaries import PAGE, make_row, output_of
@@ -156,7 +157,7 @@ def test_means_are_those_over_all_rows_layers_and_heads(seed: int, num_rows: int
     for row in rows:
         assert record.wants_attention is (StatsLevel.PAGES if with_pages else StatsLevel.HEADS)
         record.observe(row.summary(with_pages=with_pages))
-        [token] = record.take([SampledToken(1)], row.context, [None])
+        [token] = record.take([SampledToken(1)], row.context, [None], Account())
         assert token.attention is not None
         assert token.attention.entropy_nats == pytest.approx(row.entropy.mean())
         assert token.attention.effective_context_tokens == pytest.approx(math.exp(row.entropy.mean()))
@@ -179,7 +180,7 @@ def test_a_row_is_due_every_so_many_tokens_however_many_a_step_brings(every: int
         if record.wants_attention:
             record.observe(make_row(100 + made))
             observed.append(made)
-        told = record.take([SampledToken(7)] * count, 100 + made, [0.0] * count)
+        told = record.take([SampledToken(7)] * count, 100 + made, [0.0] * count, Account())
         assert [token.attention is not None for token in told] == [made in observed] + [False] * (count - 1)
         assert [token.context_tokens for token in told] == list(range(100 + made, 100 + made + count))
         made += count
@@ -195,7 +196,7 @@ def test_a_row_is_due_every_so_many_tokens_however_many_a_step_brings(every: int
 def test_output_is_told_by_token_and_on_average() -> None:
     record = StatsRecord(StatsRequest(StatsDetail.OUTPUT))
     tokens = [SampledToken(token_id, output=output_of(token_id)) for token_id in (30, 60, 120)]
-    told = record.take(tokens, 5, [None, 0.1, 0.0])
+    told = record.take(tokens, 5, [None, 0.1, 0.0], Account())
     assert [token.output.entropy_nats for token in told if token.output] == [0.3, 0.6, 1.2]
     assert [(token.context_tokens, token.gap) for token in told] == [(5, None), (6, 0.1), (7, 0.0)]
     stats = record.read()
@@ -206,7 +207,7 @@ def test_output_is_told_by_token_and_on_average() -> None:
 
 def test_without_output_statistics_there_are_no_means_of_them() -> None:
     record = StatsRecord(StatsRequest(StatsDetail.TIMING))
-    [token] = record.take([SampledToken(1, output=output_of(1))], 5, [None])  # the server's own sample
+    [token] = record.take([SampledToken(1, output=output_of(1))], 5, [None], Account())  # the server's own sample
     assert token.output is None
     assert record.read().mean_surprisal_nats is None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from pagestream.server.job import Job
 from pagestream.server.metrics import Metrics
 from pagestream.server.scheduler import Scheduler
 from pagestream.server.stats import RequestStats, Span, StatsDetail, StatsMeta, StatsRequest
-from tests.support.fakes import Rig, make_job
+from tests.support.fakes import FakeClock, Rig, make_job
 
 PROMPT = "The licence says what one may do with a program and what not. " * 3  # bytes are tokens of any model
 SPANS = (Span("head", 0, 30), Span("body", 30, 150), Span("tail", 150, len(PROMPT)))
@@ -38,11 +38,11 @@ SAMPLINGS = {"greedy": SamplingParams(), "drawn": SamplingParams(temperature=0.8
 MakeRig = Callable[..., Rig]
 
 
-def load(path: Path, dtype: str) -> LoadedModel:
+def load(path: Path, dtype: str, kv_dtype: str = "auto") -> LoadedModel:
     return load_model(
         open_checkpoint(path),
         dtype=dtype,
-        kv_dtype="auto",
+        kv_dtype=kv_dtype,
         device="cpu",
         page_size=16,
         max_context=512,
@@ -51,12 +51,12 @@ def load(path: Path, dtype: str) -> LoadedModel:
     )
 
 
-@pytest.fixture(scope="module", params=["tiny", "default"])
+@pytest.fixture(scope="module", params=["tiny", "default, bf16", "default, int8"])
 def model(request: pytest.FixtureRequest) -> LoadedModel:
-    """Of random weights in fp32, and the default model."""
+    """Of random weights in fp32, and the default model with each kind of cache."""
     if request.param == "tiny":
         return load(request.getfixturevalue("tiny_model_path"), "fp32")
-    return load(request.getfixturevalue("default_model_path"), "int4")
+    return load(request.getfixturevalue("default_model_path"), "int4", request.param.split()[1])
 
 
 @pytest.fixture
@@ -90,10 +90,11 @@ def answer(rig: Rig, request_id: str) -> tuple[list[SampledToken], RequestStats]
 
 
 def test_asking_changes_no_token_and_no_logprob_bitwise(make_rig: MakeRig) -> None:
-    """Nobody asks, or everybody and the server too, in one batch and with prompts cut into chunks."""
+    """Nobody asks, or everybody and the server too, in one batch and with prompts cut into chunks, by no real time: a
+    row's bits in fp32 depend on how many there are."""
     found = []
     for every, detail in ((0, StatsDetail.OFF), (3, StatsDetail.OUTPUT), (2, StatsDetail.SPANS)):
-        rig = make_rig(attention_every=every)
+        rig = make_rig(attention_every=every, clock=FakeClock())
         stats = StatsRequest(detail, 1, SPANS if detail is StatsDetail.SPANS else ())
         rig.engine.inbox.submit(*jobs(SAMPLINGS, stats))
         found.append([[replace(token, output=None) for token in answer(rig, name)[0]] for name in SAMPLINGS])
@@ -159,6 +160,30 @@ def test_statistics_do_not_depend_on_cache_batch_or_preemption(model: LoadedMode
         assert numbers(stats) == pytest.approx(numbers(alone[1]), rel=1e-3, abs=1e-3)
 
 
+def test_accepted_guesses_are_observed_as_tokens_that_came_alone(make_rig: MakeRig) -> None:
+    """Attention is of the rows that began a step, output statistics of every token."""
+    repetitive = SamplingParams(logit_bias=dict.fromkeys(range(40, 43), 30.0))  # guesses are often right
+    asked, found = StatsRequest(StatsDetail.SPANS, 1, SPANS), []
+    for speculation in (False, True):
+        rig = make_rig(speculation=speculation)
+        rig.engine.inbox.submit(*jobs({"r": repetitive}, asked, count=40))
+        tokens, stats = answer(rig, "r")
+        deltas = [event for event in rig.recorder.events["r"] if isinstance(event, Delta)]
+        found.append(([token.token_id for token in tokens], [each for delta in deltas for each in delta.stats], stats))
+    (tokens, one_by_one, alone), (same_tokens, several, guessed) = found
+    assert same_tokens == tokens
+    assert [each.context_tokens for each in several] == [each.context_tokens for each in one_by_one]
+    observed = [each.attention is not None for each in several]
+    assert sum(observed) == guessed.meta.rows_observed < alone.meta.rows_observed == guessed.meta.rows_total == 40
+    for ours, theirs in zip(several, one_by_one, strict=True):
+        assert ours.output is not None
+        assert theirs.output is not None
+        assert astuple(ours.output) == pytest.approx(astuple(theirs.output), abs=1e-3)
+        if ours.attention is not None:
+            assert theirs.attention is not None
+            assert astuple(ours.attention) == pytest.approx(astuple(theirs.attention), rel=1e-3, abs=1e-3)
+
+
 @pytest.mark.parametrize("length", [63, 64, 65, 128])
 def test_proposed_tokens_do_not_show_in_the_row_before_them(model: LoadedModel, length: int) -> None:
     """Around the ends of the tiles in which the kernel works."""
@@ -185,17 +210,26 @@ def test_proposed_tokens_do_not_show_in_the_row_before_them(model: LoadedModel, 
 
 
 class Damaged:
-    """The default model, whose caches a test can spoil between two steps."""
+    """The default model, whose keys a test can spoil between two steps."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._runner = model.runner
-        self.keys = model.runner._cache.rows[:, :, :, 0]  # [L, P, Hkv, B, D]
-        self.spoil: Callable[[StepPlan], None] | None = None
+        self._runner, cache = model.runner, model.runner._cache
+        self._keys = cache.rows[:, :, :, 0]  # [L, P, Hkv, B, D]
+        self._sizes = self._keys if cache.scales is None else cache.scales[:, :, :, 0]
+        self.spoil: Callable[[Sequence[int]], None] | None = None  # given the first request's pages
 
     def step(self, plan: StepPlan) -> StepResult:
         if self.spoil is not None and plan.chunks[0].is_decode:
-            self.spoil(plan)
+            self.spoil(plan.chunks[0].block_ids)
+            self.spoil = None
         return self._runner.step(plan)
+
+    def fill(self, page: int, value: float) -> None:
+        self._sizes[:, page] = value
+
+    def make_up(self, page: int) -> None:
+        keys = self._keys[:, page]
+        keys.copy_((torch.randn(keys.shape) * keys.float().std()).clamp(-127, 127))
 
 
 def texts(model_path: Path, count: int) -> list[list[int]]:
@@ -205,9 +239,12 @@ def texts(model_path: Path, count: int) -> list[list[int]]:
     return [tokens[130 * number : 130 * (number + 1)] for number in range(count)]
 
 
-def test_a_spoilt_page_trips_the_monitor(default_model_path: Path, make_metrics: Callable[..., Metrics]) -> None:
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_a_spoilt_page_trips_the_monitor(
+    default_model_path: Path, make_metrics: Callable[..., Metrics], kv_dtype: str
+) -> None:
     """Keys emptied or made up between two steps; nothing trips it before."""
-    runner = Damaged(load(default_model_path, "int4"))
+    runner = Damaged(load(default_model_path, "int4", kv_dtype))
     rig = Rig(make_metrics(), runner=runner, num_blocks=128, attention_every=1)  # type: ignore[arg-type]
     *usual, emptied, made_up, no_number = texts(default_model_path, MIN_REQUESTS + 3)
 
@@ -217,14 +254,6 @@ def test_a_spoilt_page_trips_the_monitor(default_model_path: Path, make_metrics:
         rig.engine.inbox.submit(job)
         return rig.recorder.end_of(request_id)
 
-    def spoil(page: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[StepPlan], None]:
-        def change_once(plan: StepPlan) -> None:
-            keys = runner.keys[:, plan.chunks[0].block_ids[page]]
-            keys.copy_(change(keys))
-            runner.spoil = None
-
-        return change_once
-
     def events() -> dict[str, float]:
         return {kind: count for (kind,), count in rig.metrics.read().values["integrity_events_total"].items() if count}
 
@@ -232,15 +261,15 @@ def test_a_spoilt_page_trips_the_monitor(default_model_path: Path, make_metrics:
         for number, prompt in enumerate(usual):
             assert isinstance(ask(str(number), prompt, 2 + MIN_ROWS // MIN_REQUESTS), Finished)
         assert events() == {}
-        runner.spoil = spoil(0, torch.zeros_like)
+        runner.spoil = lambda pages: runner.fill(pages[0], 0)
         assert isinstance(ask("emptied", emptied, 5), Finished), "an event is no failure"
         after_emptied = events()
         assert after_emptied["sink_lost"] > 0
-        runner.spoil = spoil(2, lambda keys: torch.randn(keys.shape) * keys.float().std())
+        runner.spoil = lambda pages: runner.make_up(pages[2])
         assert isinstance(ask("made up", made_up, 5), Finished)
         assert events()["sink_lost"] > after_emptied["sink_lost"]
         assert "nan" not in events()
-        runner.spoil = spoil(0, lambda keys: torch.full_like(keys, math.nan))
+        runner.spoil = lambda pages: runner.fill(pages[0], math.nan)
         assert isinstance(ask("no number", no_number, 5), Failed)
         assert events()["nan"] == 1
     finally:

@@ -21,6 +21,7 @@ from pagestream.server.metrics import Metrics
 from pagestream.server.tls import TlsFiles, server_credentials
 from tests.support.certificates import Pair, make_pair
 from tests.support.service import Service
+from tests.support.waiting import WAIT
 
 MakeService = Callable[..., Service]
 
@@ -108,7 +109,7 @@ def browse(server: HttpServer, authority: Pair, own: Pair | None = None) -> int:
     context = ssl.create_default_context(cafile=authority.cert)
     if own:
         context.load_cert_chain(own.cert, own.key)
-    page = HTTPSConnection("localhost", server.port, timeout=20, context=context)
+    page = HTTPSConnection("localhost", server.port, timeout=WAIT, context=context)
     try:
         page.request("GET", "/")
         response = page.getresponse()
@@ -123,7 +124,7 @@ def test_the_http_port_has_the_same_certificate_and_rotates_it(
     live = Pair(tmp_path / "tls.pem", tmp_path / "tls.key")
     pairs["of ours"].copy_over(live)
     server = start_http(0, "127.0.0.1", make_metrics(), TlsFiles(live.cert, live.key))
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as plain:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT) as plain:
         assert browse(server, pairs["ours"]) == 200  # beside one that never begins its handshake
         plain.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         with contextlib.suppress(ConnectionResetError):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from pagestream.server.__main__ import app
 from pagestream.server.estimate import sentences
+from pagestream.server.http import HttpServer, start_http
+from pagestream.server.keys import KeyFile
 from pagestream.server.live import live_json
 from pagestream.server.metrics import Metrics
 from pagestream.server.snapshot import EngineSnapshot
@@ -51,6 +56,57 @@ def test_it_shows_what_happened_between_two_readings(make_metrics: Callable[...,
     assert "≤ 8,192" in "\n".join(shown(read(metrics), None, None)), "but since the start"
 
 
+@pytest.fixture
+def http(make_metrics: Callable[..., Metrics], tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Starts HTTP ports that want the token of a key."""
+    opened: list[HttpServer] = []
+
+    def start(token: str) -> str:
+        file = tmp_path / "keys.toml"
+        file.write_text(
+            f'[[key]]\nname = "w"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\nmetrics = true\n'
+        )
+        opened.append(start_http(0, "127.0.0.1", make_metrics(), keys=KeyFile(file)))
+        return f"http://127.0.0.1:{opened[-1].port}"
+
+    yield start
+    for server in opened:
+        server.close()
+
+
+def test_a_locked_server_is_watched_with_the_token_of_a_key(http: Callable[[str], str]) -> None:
+    run, url = CliRunner().invoke, http("watcher")
+    assert "running" in run(app, ["top", url, "--once", "--token", "watcher"]).output
+    assert "running" in run(app, ["top", url, "--once"], env={"PAGESTREAM_TOKEN": "watcher"}).output
+    for options in ([], ["--token", "client"]):
+        refused = run(app, ["top", url, "--once", *options])
+        assert refused.exit_code == 4
+        assert "the token of a key with metrics = true is needed" in refused.stderr
+
+
+class Stranger(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:  # the base class's name
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"status": "success"}')
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_another_programs_port_is_named_in_one_sentence() -> None:
+    with HTTPServer(("127.0.0.1", 0), Stranger) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        says_nothing(CliRunner().invoke(app, ["top", url, "--once"]), url)
+        other.shutdown()
+
+
+def says_nothing(result: Result, url: str) -> None:
+    assert result.exit_code == 4
+    assert result.stderr.startswith(f"pagestream: nothing to watch at {url} (")
+    assert result.stderr.count("\n") == 1
+
+
 def test_quantiles_are_those_of_prometheus() -> None:
     assert quantile([1.0, 2.0], [0, 0, 0], 0.5) is None
     assert quantile([1.0, 2.0], [2, 4, 4], 0.5) == pytest.approx(1.0)
@@ -74,5 +130,6 @@ def test_both_ask_a_real_server(serve: Callable[..., ServerProcess], tiny_model_
     run = CliRunner().invoke
     assert "running" in run(app, ["top", f"http://{server.http_address}", "--once"]).output
     assert "prompt tokens" in run(app, ["estimate", "--raw", "a b c", "--address", server.address]).output
-    assert run(app, ["top", "http://127.0.0.1:1", "--once"]).exit_code == 4
+    for url in ("http://127.0.0.1:1", f"http://{server.address}"):  # nobody's, and the port for gRPC
+        says_nothing(run(app, ["top", url, "--once"]), url)
     assert run(app, ["estimate", "a", "--address", "127.0.0.1:1"]).exit_code == 4

@@ -164,7 +164,8 @@ class Simulation:
     def step(self, interrupted_in_flight: Iterable[tuple[Request, FinishReason]] = ()) -> None:
         self.runner.forget(self.pool._free)
         live = [*self.scheduler.running, *self.scheduler.waiting]
-        running = [*self.scheduler.running]
+        running, waiting = [*self.scheduler.running], [*self.scheduler.waiting]
+        fresh = {request for request in waiting if not request.has_started}
         answering = {r.request_id for r in self.scheduler.running if r.num_uncomputed == 1 and not r.given}
         plan = self.scheduler.plan()
         self.check()
@@ -174,12 +175,14 @@ class Simulation:
         chosen = [chunk.request_id for chunk in plan.chunks]
         assert bool(chosen) == bool(live), "work waits or runs, so the plan is not empty"
         if live:
+            assert self.scheduler.running[0].request_id in chosen, "the oldest that runs makes progress in every step"
             # One that comes back from a pause may find the places taken by younger ones; so may one that starts after
             # a younger one of another tenant, whose turn it was.
-            turns = len({request.tenant for request in live}) > 1
-            contenders = self.scheduler.running if self.events["resumed"] or turns else live
-            oldest = min(contenders, key=lambda request: request.arrival)
-            assert oldest.request_id in chosen, "the oldest request makes progress in every step"
+            if not self.events["resumed"] and len({request.tenant for request in live}) == 1:
+                oldest = min(live, key=lambda request: request.arrival)
+                assert oldest.request_id in chosen, "the oldest of a single tenant makes progress in every step"
+            if not preempted:
+                self._check_turns(running, waiting, fresh)
         assert len(set(chosen)) == len(chosen) <= self.max_running
         assert preempted.isdisjoint(chosen)
         assert answering <= preempted | set(chosen), "every answer goes on in every step"
@@ -206,6 +209,22 @@ class Simulation:
         self.events["copied"] += sum(chunk.copy_from is not None for chunk in plan.chunks)
         self.steps += 1
         self.computed_tokens += plan.num_tokens
+
+    def _check_turns(self, running: list[Request], waiting: list[Request], fresh: set[Request]) -> None:
+        """Who started, one after another, was due: who had run before, in order of arrival; then, of the tenants that
+        held the fewest places, the one whose oldest request is the oldest."""
+        places = Counter(request.tenant for request in running)
+
+        def turn(request: Request) -> tuple[bool, int, int | None]:
+            return request in fresh, places[request.tenant] if request in fresh else 0, request.arrival
+
+        due: list[Request] = []
+        started = {request for request in waiting if request.state is not RequestState.WAITING}
+        while len(due) < len(started):
+            due.append(min(waiting, key=turn))
+            waiting.remove(due[-1])
+            places[due[-1].tenant] += 1
+        assert set(due) == started, "whoever starts is due"
 
     def check(self) -> None:
         self.scheduler.check_integrity()

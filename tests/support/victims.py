@@ -21,7 +21,7 @@ def main(address: str, streams: int, events: int) -> None:
     calls = []
     for _ in range(streams):
         channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-        calls.append(GenerationServiceStub(channel).GenerateStream(request, timeout=120))
+        calls.append(GenerationServiceStub(channel).GenerateStream(request, timeout=600))
     for call in calls:
         next(call)  # accepted
     for call in calls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-WAIT = 20.0  # seconds: far more than anything takes, so that only what hangs fails
+WAIT = 60.0  # seconds: far more than anything takes on a machine with much else to do, so that only what hangs fails
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = WAIT) -> None:

@@ -25,7 +25,7 @@ def expected_tiles(query_length: int, context: int, group: int, window: int) -> 
 sequences = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 700)), min_size=1, max_size=12)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     sequences=sequences,
     group=st.sampled_from((1, 3, 4, 8, 20)),
