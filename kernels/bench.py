@@ -9,8 +9,8 @@
   and `enable_gqa`: it pays for no paging.
 - prefill: 512 and 2048 rows, causal, in float32 (the exact mode) and bf16; then the last 512 rows of 8k in bf16.
 
-Ours and SDPA take turns; medians of the repetitions. A pause precedes each sample: threads of OpenMP spin for milliseconds
-after their last work, which whoever came next would pay for. GB/s counts the KV bytes a step must read once. Prints a
+Ours and SDPA take turns; medians of the repetitions. A pause precedes each sample: threads of OpenMP spin for long
+after their last work, for which whoever came next would pay. GB/s counts the KV bytes a step must read once. Prints a
 table, and one JSON document as the last line.
 """
 
