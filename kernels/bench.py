@@ -9,9 +9,9 @@
   and `enable_gqa`: it pays for no paging.
 - prefill: 512 and 2048 rows, causal, in float32 (the exact mode) and bf16; then the last 512 rows of 8k in bf16.
 
-Ours and SDPA take turns; medians of the repetitions. Before each sample its function runs as long uncounted: threads of
-OpenMP spin for milliseconds after their last work, which whoever comes next would pay for. GB/s counts the KV bytes a
-step must read once. Prints a table, and one JSON document as the last line.
+Ours and SDPA take turns; medians of the repetitions. A pause precedes each sample: threads of OpenMP spin for long
+after their last work, for which whoever came next would pay. GB/s counts the KV bytes a step must read once. Prints a
+table, and one JSON document as the last line.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pagestream.kernels import build, paged_attention
 _PAGE_SIZE = 32
 _RING_BYTES = 64 << 20
 _REPETITIONS = 15
+_PAUSE = 0.05  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,8 @@ class Workload:
 
 
 def _settled_seconds(function: Callable[[], object], calls: int) -> float:
-    _seconds(function, calls)
+    time.sleep(_PAUSE)
+    function()  # wakes its threads
     return _seconds(function, calls)
 
 
