@@ -200,8 +200,9 @@ bool with_stats(const AttentionParams& p, const Segment& s) {
 void run(const AttentionParams& p, const Segment* segments, int64_t count, float* memory, float* workspace) {
 #if defined(__AMX_BF16__)
   if (fits_tiles(p)) {
-    const auto run_all_tiles = p.cache_dtype == DType::kInt8 ? run_all<Int8Operands> : run_all<Bf16Operands>;
-    run_all_tiles(p, segments, count, memory, workspace, with_stats);
+    for (int64_t i = 0; i < count; ++i)
+      tiles_of(p, segments[i])(p, segments[i], with_stats(p, segments[i]), memory, workspace);
+    _tile_release();
     return;
   }
 #endif
@@ -226,7 +227,7 @@ void finish(const AttentionParams& p, const Segment& block, float* total_out, co
       merge(total, total_out, *reinterpret_cast<const Softmax*>(slot + width), slot, width);
     }
 #if defined(__AMX_BF16__)
-    if (fits_tiles(p)) restore_order(p, total_out);
+    if (fits_tiles(p)) restore_order(p, block, total_out);
 #endif
     finish_row(p, Row(p, block, r), total, total_out);
   }

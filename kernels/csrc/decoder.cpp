@@ -162,6 +162,7 @@ class Decoder {
     p.out = attended_;
     p.out_token_stride = attended_width_;
     p.window = static_cast<int32_t>(layer.window);
+    p.prefill_rows = static_cast<int32_t>(prefill_rows_);
     p.key_cache = caches(s_.attention.key_cache);
     p.value_cache = caches(s_.attention.value_cache);
     if (p.cache_dtype == DType::kInt8) {

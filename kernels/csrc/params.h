@@ -36,6 +36,7 @@ struct AttentionParams {
   int32_t num_tokens, num_sequences, num_heads, num_kv_heads, head_size;  // T, S, Hq, Hkv, D
   int32_t num_pages, page_size, max_pages;  // P, B, M
   int32_t window;                           // 0: no window
+  int32_t prefill_rows;                     // the last of the T rows: of prompts, see tiles.h
   float scale;
   DType query_dtype;  // also of out
   DType cache_dtype;

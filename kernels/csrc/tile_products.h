@@ -114,6 +114,27 @@ struct KVTile {
   int begin, stop, last;
 };
 
+inline KVTile tile_of(const PagedRows<BFloat16>& rows, int begin, int stop, int last, BFloat16* /*memory*/) {
+  return {rows, begin, stop, last};
+}
+
+// Int8 is widened to `memory` [64, D], which then is the one page of a tile of its own.
+inline KVTile tile_of(const PagedRows<int8_t>& rows, int begin, int stop, int last, BFloat16* memory) {
+  static constexpr int32_t kOnlyPage = 0;
+  const int block = kPanel * rows.head_size;  // numbers
+  BFloat16* to = memory;
+  for (int key = begin; key < min(begin + kTile, stop); key += kPanel, to += block) {
+    const int8_t* const from = rows.at(key);
+    const int8_t* const ahead = key + kTile < last ? rows.at(key + kTile) : nullptr;
+    for (int d = 0; d < block; d += kDepth) {
+      if (ahead != nullptr && d % 64 == 0) __builtin_prefetch(ahead + d, 0, 2);  // bursts are slower
+      const __m512bh both = _mm512_cvtne2ps_pbh(load_wide(from + d + kLanes), load_wide(from + d));
+      memcpy(to + d, &both, sizeof both);
+    }
+  }
+  return {{memory, &kOnlyPage, 0, __builtin_ctz(kTile), rows.head_size}, 0, min(kTile, stop - begin), 0};
+}
+
 // scores[row][key] of at most kColumns rows, whose transposed tiles are `query`: 64 keys, as they lie in their page.
 template <int kParts, int kColumns>
 void score_few(const KVTile& tile, const BFloat16* query, int rows, float* scores) {

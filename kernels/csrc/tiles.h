@@ -1,6 +1,8 @@
 // Attention over bfloat16 and int8 caches with AMX: a block of query rows takes the keys split by split (256). Within a
 // split all scores come first, then the weights from their true maximum, then the values. Statistics, sums of weights
 // are float32; what multiplies keys and values, in which arithmetic, is the matter of Bf16Operands and Int8Operands.
+// Over int8 caches rows of prompts are bfloat16's and all others integers': many rows share what is widened once, a
+// decode waits for it. As with linear layers a row's bits follow its kind, never its company.
 #pragma once
 
 #include "tile_products.h"
@@ -54,23 +56,33 @@ template <int kColumns>
 constexpr FewRows kFewRows = {configure_few<kColumns>, {score_few<1, kColumns>, score_few<2, kColumns>}};
 
 // Keys, values, queries and weights as bfloat16. Queries that are not count as the sum of two such numbers (16 bits).
+// Int8 keys and values (T) become bfloat16 as they are, which is exact; their scales multiply the scores, and the weights
+// before they are rounded.
+template <typename T>
 class Bf16Operands {
  public:
   static constexpr int kRowsAtOnce = 2 * kPanel;
+  static constexpr bool kScaled = sizeof(T) == sizeof(int8_t);
 
   Bf16Operands(const AttentionParams& p, Arena& arena) : p_(p), size_(p.head_size), parts_(query_parts(p)) {
     arena.take(query_, most_rows(p) * size_ * 2);
     arena.take(keys_, int64_t{kSplit} * size_);
     arena.take(values_, int64_t{kSplit} * size_);
     arena.take(weights_, kRowsAtOnce * kWeightRow);
+    arena.take(widened_, kScaled ? int64_t{kTile} * size_ : 0);
+    arena.take(key_scales_, kScaled ? kSplit : 0);
+    arena.take(value_scales_, kScaled ? kSplit : 0);
   }
 
+  static void restore(float* row, int head_size) { restore_order(row, head_size); }
+
   void start(const Segment& s, const Row* rows, int count) {
-    few_ = count <= kPanel ? count : 0;
+    few_ = count <= kPanel && !kScaled ? count : 0;
     narrowest_ = few_ <= 4 ? &kFewRows<4> : few_ <= 8 ? &kFewRows<8> : &kFewRows<16>;
     (few_ > 0 ? narrowest_->configure : configure_many)();
-    key_rows_ = paged_rows<BFloat16>(p_, s, p_.key_cache, p_.key_page_stride, p_.key_head_stride);
-    value_rows_ = paged_rows<BFloat16>(p_, s, p_.value_cache, p_.value_page_stride, p_.value_head_stride);
+    key_rows_ = paged_rows<T>(p_, s, p_.key_cache, p_.key_page_stride, p_.key_head_stride);
+    value_rows_ = paged_rows<T>(p_, s, p_.value_cache, p_.value_page_stride, p_.value_head_stride);
+    scale_rows_ = paged_scales(p_, s);
     const int width = size_ * parts_;
     for (int r = 0; r < count; ++r)
       with_query(p_, rows[r], [&](auto* query) {
@@ -81,9 +93,14 @@ class Bf16Operands {
 
   // Positions [begin, begin + 64), `at` in their split.
   void read(int begin, int stop, int last, int at, float* scores) {
-    const KVTile keys{key_rows_, begin, stop, last}, values{value_rows_, begin, stop, last};
+    const KVTile keys = tile_of(key_rows_, begin, stop, last, widened_);
     if (few_ > 0) return narrowest_->score[parts_ - 1](keys, keys_, few_, scores + at);
     pack_keys(keys, keys_ + at * size_);
+    if constexpr (kScaled) {
+      load_scales(scale_rows_.keys, begin, stop, last, key_scales_ + at);
+      load_scales(scale_rows_.values, begin, stop, last, value_scales_ + at);
+    }
+    const KVTile values = tile_of(value_rows_, begin, stop, last, widened_);
     for (int first = 0; first < kTile; first += kDepth)
       for (int d = 0; d < size_; d += 4 * kPanel)
         pack_values(values, first, d, values_ + (at + first) * size_ + d * kDepth);
@@ -100,8 +117,14 @@ class Bf16Operands {
   template <bool kWithStats>
   Softmax weigh_row(int /*first*/, int r, int /*rows*/, float* scores, int lo, int hi, int count, float c) {
     BFloat16* const to = weights_ + r * kWeightRow;
-    return weigh<kWithStats>(scores, lo, hi, count, c, [to](int j, const Float (&weight)[2]) {
-      const __m512bh both = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
+    const float* const scales = value_scales_;
+    if constexpr (kScaled) multiply_by(key_scales_, count, scores);
+    return weigh<kWithStats>(scores, lo, hi, count, c, [to, scales](int j, const Float (&weight)[2]) {
+      __m512bh both;
+      if constexpr (kScaled)
+        both = _mm512_cvtne2ps_pbh(weight[1] * load(scales + j + kLanes), weight[0] * load(scales + j));
+      else
+        both = _mm512_cvtne2ps_pbh(weight[1], weight[0]);
       memcpy(to + j, &both, sizeof both);
     });
   }
@@ -110,7 +133,8 @@ class Bf16Operands {
 
   // Of the split's positions [begin, stop): the columns are in the order of packed values.
   void sum_values(int begin, int stop, int last, int rows, int count, float* out) {
-    if (few_ > 0) return sum_few(value_rows_, begin, stop, last, weights_, values_, out);
+    if constexpr (!kScaled)
+      if (few_ > 0) return sum_few(value_rows_, begin, stop, last, weights_, values_, out);
     multiply<1>({weights_, kWeightRow, values_, int64_t{kDepth} * size_, kTileElements, count / kDepth, out, size_},
                 rows, size_);
   }
@@ -120,11 +144,14 @@ class Bf16Operands {
   const int size_, parts_;
   int few_ = 0;  // rows, if they are few
   const FewRows* narrowest_ = nullptr;
-  PagedRows<BFloat16> key_rows_, value_rows_;
+  PagedRows<T> key_rows_, value_rows_;
+  TileScales scale_rows_;
   BFloat16* query_;    // [rows, D / 32, parts, 32]
   BFloat16* keys_;     // few rows: the query's tiles, transposed; many: those of the split's keys
   BFloat16* values_;   // tiles of the split's values, rows in pairs; few rows: of 64 of them at a time
   BFloat16* weights_;  // [32, kWeightRow]
+  BFloat16* widened_;  // [64, D]: a tile of int8 keys or values
+  float *key_scales_, *value_scales_;  // [kSplit]
 };
 
 template <typename Operands>
@@ -146,10 +173,15 @@ struct TileScratch {
   }
 };
 
+template <typename Operands>
+int64_t scratch_floats_of(const AttentionParams& p) {
+  return TileScratch<Operands>(p, nullptr).arena.next - static_cast<const float*>(nullptr);
+}
+
 inline int64_t tile_scratch_floats(const AttentionParams& p) {
-  const float* const end = p.cache_dtype == DType::kInt8 ? TileScratch<Int8Operands>(p, nullptr).arena.next
-                                                         : TileScratch<Bf16Operands>(p, nullptr).arena.next;
-  return end - static_cast<const float*>(nullptr);
+  if (p.cache_dtype == DType::kBFloat16) return scratch_floats_of<Bf16Operands<BFloat16>>(p);
+  const int64_t prompts = scratch_floats_of<Bf16Operands<int8_t>>(p), answers = scratch_floats_of<Int8Operands>(p);
+  return prompts > answers ? prompts : answers;
 }
 
 // Base-2 logarithms of the masses of the split's pages. Pages do not straddle splits.
@@ -183,12 +215,6 @@ void weigh_panels(const AttentionParams& p, TileScratch<Operands>& scratch, int 
       if (p.page_masses != nullptr) write_page_masses(p, row, scores, begin, hi, part[r].m);
     }
   }
-}
-
-// The columns of an output in their own order, after that of packed values.
-inline void restore_order(const AttentionParams& p, float* row) {
-  if (p.cache_dtype == DType::kInt8) restore_bytes_order(row, p.head_size);
-  else restore_order(row, p.head_size);
 }
 
 template <typename Operands, bool kWithStats>
@@ -232,20 +258,30 @@ void run_tiles(const AttentionParams& p, const Segment& s, TileScratch<Operands>
   }
   if (s.is_partial) return;
   for (int r = 0; r < rows; ++r) {
-    restore_order(p, scratch.total_out + r * size);
+    Operands::restore(scratch.total_out + r * size, size);
     finish_row(p, scratch.rows[r], scratch.total[r], scratch.total_out + r * size);
   }
 }
 
-// All segments of a call.
 template <typename Operands>
-void run_all(const AttentionParams& p, const Segment* segments, int64_t count, float* memory, float* workspace,
-             bool (*with_stats)(const AttentionParams&, const Segment&)) {
+void run_segment_of(const AttentionParams& p, const Segment& s, bool with_stats, float* memory, float* workspace) {
   TileScratch<Operands> scratch(p, memory);
-  constexpr auto kPlain = run_tiles<Operands, false>, kObserved = run_tiles<Operands, true>;
-  for (int64_t i = 0; i < count; ++i)
-    (with_stats(p, segments[i]) ? kObserved : kPlain)(p, segments[i], scratch, workspace);
-  _tile_release();
+  (with_stats ? run_tiles<Operands, true> : run_tiles<Operands, false>)(p, s, scratch, workspace);
+}
+
+inline bool in_integers(const AttentionParams& p, const Segment& s) {
+  return p.cache_dtype == DType::kInt8 && s.first_row < p.num_tokens - p.prefill_rows;
+}
+
+inline auto tiles_of(const AttentionParams& p, const Segment& s) {
+  if (in_integers(p, s)) return run_segment_of<Int8Operands>;
+  return p.cache_dtype == DType::kInt8 ? run_segment_of<Bf16Operands<int8_t>> : run_segment_of<Bf16Operands<BFloat16>>;
+}
+
+// The columns of an output in their own order, after that of packed values.
+inline void restore_order(const AttentionParams& p, const Segment& s, float* row) {
+  if (in_integers(p, s)) restore_bytes_order(row, p.head_size);
+  else restore_order(row, p.head_size);
 }
 
 }  // namespace

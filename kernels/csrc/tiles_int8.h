@@ -23,6 +23,8 @@ class Int8Operands {
     arena.take(out_sums_, kWeightParts * kPanel * int64_t{size_});
   }
 
+  static void restore(float* row, int head_size) { restore_bytes_order(row, head_size); }
+
   void start(const Segment& s, const Row* rows, int count) {
     few_ = count <= 8 ? count : 0;
     (few_ == 0 ? configure_many : few_ <= 4 ? configure_few<4, kWeightParts> : configure_few<8, kWeightParts>)();
