@@ -220,6 +220,21 @@ def test_narrow_caches(dtype: torch.dtype, operations: Callable[[ModelConfig, We
     assert errors(ours, theirs).mean() < 0.006
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_prompts_over_narrow_caches(dtype: torch.dtype, operations: Callable[[ModelConfig, Weights], Network]) -> None:
+    """AMX reads int8 for rows of prompts as bfloat16 and for others as integers."""
+    make, config = CASES["llama"]
+    weights = quantized(randomised(make()), config)
+    network = Network(config, weights)
+    whole, *others = (
+        all_logits(network, config, chunking, poisoned_cache(config, dtype))
+        for chunking in ("whole", "random", "token by token")
+    )
+    assert all(torch.equal(torch.cat(whole), torch.cat(other)) for other in others)
+    theirs = all_logits(operations(config, weights), config, "whole", poisoned_cache(config, dtype))
+    assert errors(whole, theirs).mean() < (0.02 if dtype.is_floating_point else 0.04)  # codes that go to a neighbour
+
+
 def test_a_row_has_the_same_bits_in_any_chunks_batch_and_number_of_threads(
     case: tuple[PreTrainedModel, ModelConfig, Weights],
 ) -> None:
