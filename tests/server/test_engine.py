@@ -132,7 +132,7 @@ def test_a_client_that_hangs_up_at_its_deadline_has_not_cancelled(
     clock.now += 5 - early
     rig.engine.inbox.cancel(late)
     rig.runner.allow()
-    wait_until(lambda: late.is_finished, "it has ended")
+    wait_until(lambda: late.is_finished and is_idle(rig), "it has ended and the engine is idle")
     assert late.request.finish_reason is reason
     release = rig.metrics.read().histograms["cancel_release_seconds"]
     assert release.counts[:2, -1].tolist() == [reason is not FinishReason.DEADLINE, reason is FinishReason.DEADLINE]
