@@ -1,4 +1,5 @@
-// What attention in AMX tiles multiplies over int8 caches: memory, and which product when.
+// What attention in AMX tiles multiplies over int8 caches, but for rows of prompts (tiles.h): memory, and which product
+// when.
 #pragma once
 
 #include "int8_products.h"
