@@ -128,7 +128,7 @@ def test_a_request_that_waits_longer_than_it_wants_to_is_told_when_to_come_back(
 
 
 def test_a_full_queue_takes_no_time_to_say_so(make_service: MakeService) -> None:
-    """Before it looks at the prompt: for one of a million bytes the server needs under 5 ms, unless interrupted."""
+    """Before it looks at the prompt: for one of a million bytes the server needs under 5 ms, the median of twenty."""
     service = make_service(max_running=1, limits=QueueLimits(max_requests=1, max_tokens=10_000))
     service.rig.runner.hold()
     calls = [service.client.open(text="ab", stop=stop(3))]
@@ -143,7 +143,7 @@ def test_a_full_queue_takes_no_time_to_say_so(make_service: MakeService) -> None
         zip((*SECONDS, math.inf), reading.histograms["request_duration_seconds"].counts[rejected], strict=True)
     )
     assert up_to[math.inf] == 20
-    assert up_to[0.005] > 0
+    assert up_to[0.005] >= 10
     assert reading.histograms["tokenize_seconds"].counts[:, -1].sum() == 1  # the first one's
     service.rig.runner.allow()
 
