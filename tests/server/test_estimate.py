@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -104,12 +103,11 @@ def test_the_metric_of_it_is_of_now_when_all_that_waited_have_left(make_metrics:
 
 
 def test_a_real_model_takes_about_as_long_as_estimated(serve: Callable[..., Any], tiny_model_path: Path) -> None:
-    """Prompts of several lengths, of which the median of what the forecasts are off by is small: in the best of four
-    rounds, for between a forecast and what comes of it a machine may be given other things to do, or be rid of them."""
+    """Prompts of several lengths: the median of what the forecasts are off by is small. Single ones may be off by as
+    much as the machine is busy with other things."""
     client = serve(tiny_model_path, "--threads", "1").connect()
-    rounds: list[list[float]] = []
+    ratios: list[float] = []
     for repeat in range(5):
-        ratios = []
         for length in (50, 300, 1000, 2000, 3000):
             ids = pb.TokenIds(ids=[(7919 * (i + 31 * repeat + length)) % 300 for i in range(length)])
             forecast = estimate(client, token_ids=ids).time_to_first_token.ToTimedelta().total_seconds()
@@ -118,9 +116,8 @@ def test_a_real_model_takes_about_as_long_as_estimated(serve: Callable[..., Any]
             assert timings.HasField("predicted_time_to_first_token") >= (repeat > 0)
             if repeat:
                 ratios.append(actual / forecast)
-        rounds.append(ratios)
     client.close()
-    assert min(abs(math.log(statistics.median(ratios))) for ratios in rounds[1:]) < math.log(1.7), rounds
+    assert 0.6 < statistics.median(ratios) < 1.7, ratios
 
 
 def test_an_answer_says_how_long_others_prompts_held_it_up(make_service: Callable[..., Service]) -> None:
