@@ -30,9 +30,7 @@ import torch
 _SOURCES = Path(__file__).parent / "csrc"
 _LIBRARY = "libpagestream.so"
 _LOG = "build.log"
-_TORCH_TARGET = (
-    "-DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11: loads in it and in all later ones
-)
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # stable ABI of torch 2.11, which all later ones load
 # No fast-math: statistics need NaN, infinity and the order of operations. No automatic fusing: see vec.h.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

@@ -10,6 +10,7 @@ from pagestream.kernels import packing
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn
 PAGE_SIZES = (16, 32, 64, 128)
+NUM_STATS = 5
 
 Named = tuple[str, Tensor]
 
@@ -112,7 +113,38 @@ def check_cache_shapes(key_cache: Tensor, value_cache: Tensor) -> None:
         raise ValueError(f"the head size must be a multiple of 8; it is {key_cache.shape[3]}")
 
 
-def check_attention_shapes(
+def check_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lengths: Tensor,
+    out: Tensor,
+    stats: Tensor | None,
+    page_masses: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> None:
+    """The tensors of `paged_attention`: dtypes, devices and layouts, then shapes."""
+    integers = (("block_tables", block_tables), ("query_starts", query_starts), ("context_lengths", context_lengths))
+    statistics = [(n, t) for n, t in (("stats", stats), ("page_masses", page_masses)) if t is not None]
+    check_floats(("query", query), ("out", out))
+    check_caches(key_cache, value_cache)
+    check_scales(key_cache, key_scales=key_scales, value_scales=value_scales)
+    check_dtype(torch.int32, *integers)
+    check_dtype(torch.float32, *statistics)
+    check_device(query, ("out", out), ("key_cache", key_cache), ("value_cache", value_cache), *integers, *statistics)
+    check_dense(("query", query), ("out", out), dims=3, dense=1)
+    check_dense(integers[0], dims=2, dense=1)
+    check_dense(*integers[1:], dims=1, dense=1)
+    check_dense(*statistics, dims=3, dense=3)
+    _check_attention_shapes(query, key_cache, block_tables, query_starts, context_lengths)
+    expected = {"stats": (*query.shape[:2], NUM_STATS), "page_masses": (*query.shape[:2], block_tables.shape[1])}
+    check_shape(("out", out, query.shape), *((name, tensor, expected[name]) for name, tensor in statistics))
+
+
+def _check_attention_shapes(
     query: Tensor, key_cache: Tensor, block_tables: Tensor, query_starts: Tensor, context_lengths: Tensor
 ) -> None:
     num_heads, head_size = query.shape[1:]

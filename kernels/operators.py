@@ -10,7 +10,7 @@ from torch import Tensor
 from pagestream.kernels import packing, reference
 from pagestream.kernels.checks import (
     FLOAT8,
-    check_attention_shapes,
+    check_attention,
     check_caches,
     check_dense,
     check_device,
@@ -24,7 +24,6 @@ from pagestream.kernels.checks import (
 )
 
 _GPU_HEAD_SIZES = (64, 80, 96, 128)
-_NUM_STATS = 5
 
 torch.library.define(
     "pagestream::paged_attention",
@@ -148,44 +147,15 @@ def paged_attention(
     point outside the tensors (the reference: IndexError, and only where it meets one; CUDA: unchecked, as nothing is
     read back).
     """
-    check_floats(("query", query), ("out", out))
-    check_caches(key_cache, value_cache)
-    check_scales(key_cache, key_scales=key_scales, value_scales=value_scales)
-    integers = (("block_tables", block_tables), ("query_starts", query_starts), ("context_lengths", context_lengths))
-    statistics = [(n, t) for n, t in (("stats", stats), ("page_masses", page_masses)) if t is not None]
-    check_dtype(torch.int32, *integers)
-    check_dtype(torch.float32, *statistics)
-    check_device(query, ("out", out), ("key_cache", key_cache), ("value_cache", value_cache), *integers, *statistics)
-    check_dense(("query", query), ("out", out), dims=3, dense=1)
-    check_dense(integers[0], dims=2, dense=1)
-    check_dense(*integers[1:], dims=1, dense=1)
-    check_dense(*statistics, dims=3, dense=3)
-    check_attention_shapes(query, key_cache, block_tables, query_starts, context_lengths)
-    expected = {"stats": (*query.shape[:2], _NUM_STATS), "page_masses": (*query.shape[:2], block_tables.shape[1])}
-    check_shape(("out", out, query.shape), *((name, tensor, expected[name]) for name, tensor in statistics))
+    lengths, scales = (block_tables, query_starts, context_lengths), (key_scales, value_scales)
+    check_attention(query, key_cache, value_cache, *lengths, out, stats, page_masses, *scales)
     check_window(window)
     if workspace is not None:
         check_workspace(query, workspace)
     load_kernels(query)
-    operator = (
-        torch.ops.pagestream.paged_attention.default if _has_kernel(query, key_cache) else reference.paged_attention
-    )
-    operator(
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_starts,
-        context_lengths,
-        scale,
-        window,
-        out,
-        stats,
-        page_masses,
-        workspace,
-        key_scales,
-        value_scales,
-    )
+    has_kernel = _has_kernel(query, key_cache)
+    operator = torch.ops.pagestream.paged_attention.default if has_kernel else reference.paged_attention
+    operator(query, key_cache, value_cache, *lengths, scale, window, out, stats, page_masses, workspace, *scales)
 
 
 def attention_workspace(query: Tensor, *, page_masses: Tensor | None = None, page_size: int = 16) -> Tensor:

@@ -61,9 +61,9 @@ def compare_runs(before: Path, after: Path, threshold: float) -> Comparison:
     paired = _work_of(before) == _work_of(after)
     rows = []
     for measure in MEASURES:
-        mine, theirs = (_groups(records, measure) for records in runs)
-        for ctx in (each for each in CTX if each in mine and each in theirs):
-            rows += _compare(measure, ctx, mine[ctx], theirs[ctx], threshold, paired=paired)
+        earlier, later = (_groups(records, measure) for records in runs)
+        for ctx in (each for each in CTX if each in earlier and each in later):
+            rows += _compare(measure, ctx, earlier[ctx], later[ctx], threshold, paired=paired)
     if not rows:
         raise CompareError(f"no length has {_FEWEST} clean requests in both {before} and {after}")
     return Comparison(paired, threshold, tuple(rows))
@@ -105,18 +105,17 @@ def _compare(measure: str, ctx: str, before: Groups, after: Groups, threshold: f
         return []
     levels = list(_QUANTILES.values())
     pools = [[np.array(samples) for samples in groups.values()] for groups in (before, after)]
-    mine, theirs = pools
-    ratios = np.array([_resampled(mine, theirs, levels, round_, paired=paired) for round_ in range(_ROUNDS)])
+    ratios = np.array([_resampled(pools[0], pools[1], levels, seed, paired=paired) for seed in range(_ROUNDS)])
     rows = []
     for place, (name, level) in enumerate(_QUANTILES.items()):
-        first, second = (float(np.quantile(np.concatenate(pool), level)) for pool in pools)
-        if first <= 0:  # tokens that travelled together have no gap
+        old, new = (float(np.quantile(np.concatenate(pool), level)) for pool in pools)
+        if old <= 0:  # tokens that travelled together have no gap
             continue
         lower, upper = np.nanquantile(ratios[:, place], (0.025, 0.975))
-        ratio = Interval(second / first, float(lower), float(upper))
+        ratio = Interval(new / old, float(lower), float(upper))
         worse, better = ratio.lower > 1 + threshold, ratio.upper < 1 / (1 + threshold)
         counts = (len(before), len(after))
-        rows.append(Row(measure, ctx, name, first, second, ratio, counts, regressed=worse, improved=better))
+        rows.append(Row(measure, ctx, name, old, new, ratio, counts, regressed=worse, improved=better))
     return rows
 
 
@@ -125,11 +124,11 @@ def _resampled(
 ) -> Array:
     """Ratios [levels] of one bootstrap round over requests; pairs are drawn together."""
     random = np.random.default_rng(seed)
-    mine = random.integers(0, len(before), len(before))
-    theirs = mine if paired else random.integers(0, len(after), len(after))
-    first = np.quantile(np.concatenate([before[place] for place in mine]), levels)
-    second = np.quantile(np.concatenate([after[place] for place in theirs]), levels)
-    return np.asarray(np.divide(second, first, out=np.full(len(levels), np.nan), where=first > 0))
+    drawn = random.integers(0, len(before), len(before))
+    drawn_after = drawn if paired else random.integers(0, len(after), len(after))
+    old = np.quantile(np.concatenate([before[place] for place in drawn]), levels)
+    new = np.quantile(np.concatenate([after[place] for place in drawn_after]), levels)
+    return np.asarray(np.divide(new, old, out=np.full(len(levels), np.nan), where=old > 0))
 
 
 def print_comparison(console: Console, comparison: Comparison) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -35,29 +35,35 @@ def agreement(masses: Array, page_size: int) -> Agreement:
     per_layer = counted.sum(-1)
     layers = heads.sum(1) / np.maximum(per_layer, 1)[:, None]  # [L, pages]
     random = np.random.default_rng(0)
-    head_means = _over_sizes(heads, counted, page_size, random)
-    layer_means = _over_sizes(layers[None], (per_layer > 0)[None], page_size, random)
+    of_heads = _over_sizes(heads, counted, page_size, random)
+    of_layers = _over_sizes(layers[None], (per_layer > 0)[None], page_size, random)
     return Agreement(
-        head_jsd=head_means[0],
-        head_jsd_null=head_means[1],
-        layer_jsd=layer_means[0],
-        layer_jsd_null=layer_means[1],
-        coherence_heads=head_means[2],
-        coherence_heads_null=head_means[3],
-        coherence_layers=layer_means[2],
-        coherence_layers_null=layer_means[3],
+        head_jsd=of_heads.jsd,
+        head_jsd_null=of_heads.jsd_null,
+        layer_jsd=of_layers.jsd,
+        layer_jsd_null=of_layers.jsd_null,
+        coherence_heads=of_heads.coherence,
+        coherence_heads_null=of_heads.coherence_null,
+        coherence_layers=of_layers.coherence,
+        coherence_layers_null=of_layers.coherence_null,
     )
 
 
-def _over_sizes(
-    members: Array, counted: npt.NDArray[np.bool_], page_size: int, random: np.random.Generator
-) -> list[float | None]:
-    """Means of divergence, its null, coherence, its null, of `members` [sets, members, pages], over the sets with two
-    members or more that are counted, and over block sizes."""
+class _Means(NamedTuple):
+    """Over block sizes and sets of members; None where there is nothing to compare."""
+
+    jsd: float | None = None
+    coherence: float | None = None
+    jsd_null: float | None = None
+    coherence_null: float | None = None
+
+
+def _over_sizes(members: Array, counted: npt.NDArray[np.bool_], page_size: int, random: np.random.Generator) -> _Means:
+    """Of `members` [sets, members, pages]: of sets with two members or more that are `counted` [sets, members]."""
     sets = counted.sum(-1) > 1
     blocks, counted = members[sets], counted[sets]
-    found: list[Array] = []
-    merged = page_size
+    found: list[Array] = []  # for each size the fields of _Means
+    merged = page_size  # tokens that a block of `blocks` spans
     for size in _BLOCK_SIZES:
         if size < page_size or blocks.shape[-1] * merged <= size or not len(blocks):
             continue
@@ -70,10 +76,7 @@ def _over_sizes(
         for total in (blocks.sum(1), _shifted_sum(blocks, random)):
             jsd = np.maximum(entropy(total / count[:, None]) - mean_entropy, 0)
             found += [jsd.mean(), (1 - jsd / bound).mean()]
-    if not found:
-        return [None] * 4
-    jsd, coherence, jsd_null, coherence_null = np.reshape(found, (-1, 4)).mean(0).tolist()
-    return [jsd, jsd_null, coherence, coherence_null]
+    return _Means(*np.reshape(found, (-1, 4)).mean(0).tolist()) if found else _Means()
 
 
 def _shifted_sum(blocks: Array, random: np.random.Generator) -> Array:

@@ -18,7 +18,7 @@ from pagestream.server.request import Request
 MAX_PREEMPTIONS = 3  # per request
 GROWTH = 4  # pages that every running answer has room for when another request starts
 MAX_RECOMPUTED = 0.16  # of the tokens computed lately: beyond, none starts that might preempt or be preempted
-_LATELY = 64  # pools full of tokens, of which the latter half counts at least
+_LATELY = 64  # tokens computed lately, in pools full: from there on the counts are halved, so the last 32 always count
 
 
 class Admission:
@@ -34,10 +34,11 @@ class Admission:
             self._computed, self._recomputed = self._computed / 2, self._recomputed / 2
 
     def fits(self, first: Request, running: Sequence[Request]) -> bool:
+        """Whether `first` may start beside those that run."""
         candidates = (*running, first)
-        most = max(request.num_preemptions for request in candidates)
-        growth = GROWTH * self._pool.block_size * 4**most
-        if most >= MAX_PREEMPTIONS or self._recomputed > MAX_RECOMPUTED * self._computed:
+        most_preemptions = max(request.num_preemptions for request in candidates)
+        growth = GROWTH * self._pool.block_size * 4**most_preemptions  # tokens
+        if most_preemptions >= MAX_PREEMPTIONS or self._recomputed > MAX_RECOMPUTED * self._computed:
             growth = self._pool.capacity
         wanted = sum(
             request_blocks.num_missing(
@@ -46,4 +47,6 @@ class Admission:
             for request in candidates
         )
         room = self._pool.num_available
-        return wanted <= room or wanted - request_blocks.num_found_in_use(self._pool, first) <= room
+        if wanted <= room:  # else what `first` finds in the cache decides, which takes longer to tell
+            return True
+        return wanted - request_blocks.num_found_in_use(self._pool, first) <= room

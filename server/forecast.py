@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.cost_model import Work, decodes_at, prompt_from
@@ -31,6 +32,14 @@ class Estimate:
     gap_after: float | None  # between its own tokens
     extrapolated: bool
     samples: int
+
+
+class _Ahead(NamedTuple):
+    """Of a newcomer: what is read before it is read itself."""
+
+    work: Work
+    joining: Work  # the decodes of those who have been read by then, beside those that decode now
+    has_company: bool  # others are read together with it
 
 
 class Forecast:
@@ -55,9 +64,10 @@ class Forecast:
         gap_after = model.predict(decodes.beside(decodes_at([num_tokens]))) if model.knows("decode") else None
         queue = first_token = stall = None
         if model.knows("prefill"):
-            before, joining, has_company = self._before(own.tokens)
-            queue = self._wait_for_place(answer_tokens, decodes) + self._seconds(before, decodes)
-            first_token = queue + self._seconds_to_end(own, decodes.beside(joining), has_company=has_company)
+            ahead = self._ahead_of(own.tokens)
+            queue = self._wait_for_place(answer_tokens, decodes) + self._seconds(ahead.work, decodes)
+            beside = decodes.beside(ahead.joining)
+            first_token = queue + self._seconds_to_end(own, beside, has_company=ahead.has_company)
             alone = self._num_steps(own, decodes) * model.predict(decodes)
             stall = max(self._seconds(own, decodes) - alone, 0.0) * decodes.rows
         extrapolated = first_token is not None and not model.has_seen(num_tokens)
@@ -74,22 +84,21 @@ class Forecast:
         """Of a prompt that fills a step."""
         return self._seconds(prompt_from(0, self._scheduler.token_budget), Work()) / self._scheduler.token_budget
 
-    def _before(self, tokens: int) -> tuple[Work, Work, bool]:
-        """What is read before a newcomer has read so many tokens, who decodes then beside those that do now, and
-        whether others are read together with it."""
-        running = [request for request in self._scheduler.running if request.num_uncomputed > 1]
+    def _ahead_of(self, tokens: int) -> _Ahead:
+        """Of a newcomer with so many tokens to read."""
+        reading = [request for request in self._scheduler.running if request.num_uncomputed > 1]
         waiting = self._scheduler.waiting.totals
-        ahead = [request for request in running if request.num_uncomputed <= tokens]
+        sooner = [request for request in reading if request.num_uncomputed <= tokens]
         shorter = [total for total in waiting if total.tokens <= tokens * total.requests]  # by their mean
-        works = [prompt_from(request.num_computed, request.num_tokens) for request in ahead]
+        works = [prompt_from(request.num_computed, request.num_tokens) for request in sooner]
         works += [Work(tokens=total.tokens, squares=total.squares) for total in shorter]
-        if running and running[0] not in ahead:
-            oldest, share = running[0], (tokens + sum(work.tokens for work in works)) // 3
+        if reading and reading[0] not in sooner:  # the oldest gets a quarter: a third of what all others get
+            oldest, share = reading[0], (tokens + sum(work.tokens for work in works)) // 3
             works.append(prompt_from(oldest.num_computed, min(oldest.num_computed + share, oldest.num_tokens)))
-        joining = decodes_at([request.num_tokens for request in ahead])
+        joining = decodes_at([request.num_tokens for request in sooner])
         joining = joining.beside(Work(sum(t.requests for t in shorter), sum(t.tokens for t in shorter)))
-        has_company = len(ahead) + len(shorter) < len(running) + len(waiting)
-        return reduce(Work.beside, works, Work()), joining, has_company
+        has_company = len(sooner) + len(shorter) < len(reading) + len(waiting)
+        return _Ahead(reduce(Work.beside, works, Work()), joining, has_company)
 
     def _num_steps(self, work: Work, decodes: Work) -> float:
         """In which the prompts of `work` are read beside these decodes."""

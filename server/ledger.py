@@ -92,15 +92,16 @@ class Ledger:
             if known and gap is not None:
                 account.predicted_gap = expected
                 excess = max(round((gap - expected) * NANOSECONDS), 0)
-                mine = 0
-                if num_preemptions > account.num_preemptions:
+                was_preempted = num_preemptions > account.num_preemptions
+                was_in_the_last_step = account.last_step == self._step - 1
+                stall = min(excess, by_prompts) if was_in_the_last_step and not was_preempted else 0
+                account.suffered_ns += stall
+                account.stall = stall / NANOSECONDS
+                prefill += stall
+                if was_preempted:
                     preemption += excess
                 else:
-                    mine = min(excess, by_prompts) if account.last_step == self._step - 1 else 0
-                    other += excess - mine
-                account.suffered_ns += mine
-                account.stall = mine / NANOSECONDS
-                prefill += mine
+                    other += excess - stall
             account.num_preemptions, account.last_step = num_preemptions, self._step
         return Stalls(prefill, preemption, other, self._share_out(prefill, chunks))
 

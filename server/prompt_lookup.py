@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 MAX_PROPOSED = 7  # a step of 8 rows takes twice as long as one of a single row
 _SIZES = (3, 2)  # of the n-grams looked up, the surest first
-_WORTH = 0.25  # a row costs a tenth of a step, more than once that share of the tokens that a long run brings
-_WEIGHT = 0.2  # of one token in the estimate
-_RETRY = 32  # once proposals have failed, only every so many that could be made is
+_WORTH = 0.25  # a token less likely to be kept is not proposed: its row costs a tenth of a step and saves a part of one
+_WEIGHT = 0.2  # of the latest token in the estimated acceptance
+_RETRY = 32  # where proposals keep failing, one is tried at every 32nd opportunity
 
 
 class PromptLookup:
@@ -23,7 +23,7 @@ class PromptLookup:
         self._following: dict[tuple[int, ...], int] = {}  # n-gram -> position after it, where it occurred last
         self._num_indexed = 0  # positions
         self._acceptance = 0.4  # estimated probability that a proposed token is right if those before it were
-        self._passed_over = 0
+        self._passed_over = 0  # opportunities since the last trial
 
     def propose(self, tokens: Sequence[int], limit: int) -> list[int]:
         """At most `limit` tokens that may follow `tokens`: as many as are worth their rows, so often none."""
@@ -40,11 +40,11 @@ class PromptLookup:
             self._acceptance += _WEIGHT * (is_right - self._acceptance)
 
     def _num_worthwhile(self) -> int:
-        """How many tokens, each of them right more often than `_WORTH`."""
+        """So many that even the last, which is kept only if all before it are, is so with a probability of `_WORTH`."""
         if self._acceptance >= _WORTH:
             return min(int(math.log(_WORTH) / math.log(self._acceptance)), MAX_PROPOSED)
         self._passed_over = (self._passed_over + 1) % _RETRY
-        return self._passed_over == 0
+        return 1 if self._passed_over == 0 else 0
 
     def _index(self, tokens: Sequence[int]) -> None:
         """Up to the n-grams that end before the last token: something follows them."""

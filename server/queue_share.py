@@ -1,4 +1,8 @@
-"""How much of the queue one tenant may fill, so that the others find room in it. Integers and a clock's readings."""
+"""How much of the queue one tenant may fill, so that the others find room in it. Integers and a clock's readings.
+
+Dynamic thresholds, as network switches share their buffers (Choudhury and Hahne 1998): a limit that falls as the queue
+fills always leaves room for the next to come.
+"""
 
 from __future__ import annotations
 

@@ -13,13 +13,11 @@ from pagestream.model.step import Chunk, SampledToken
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.request import Request
 
-MAX_ROWS = (
-    8  # of a step that speculates: up to there, a row costs a tenth of a step, and a token kept saves a whole one
-)
+MAX_ROWS = 8  # of a step that speculates: each costs a tenth of a step, and a token kept saves a whole one
 
 
 def add_proposals(pool: BlockPool, planned: dict[Request, Chunk], token_budget: int) -> None:
-    """Lengthens the chunks of a step in which requests only decode, as far as rows and blocks are to spare."""
+    """Adds proposed tokens to the chunks of a step in which requests only decode, as rows and blocks are to spare."""
     spare = min(MAX_ROWS, token_budget) - len(planned)
     for number, (request, chunk) in enumerate(planned.items()):
         if spare <= 0:
@@ -38,8 +36,8 @@ def add_proposals(pool: BlockPool, planned: dict[Request, Chunk], token_budget: 
 def accept(
     request: Request, chunk: Chunk, sampled: tuple[SampledToken, ...], capacity: int
 ) -> tuple[SampledToken, ...]:
-    """Appends what holds of `sampled` to the request and returns it: up to the first token that is not the proposed
-    one, which is the right one, or that ends the request in a pool of `capacity`.
+    """Appends the tokens of `sampled` that hold to the request, and returns them. They end with the first that differs
+    from the proposal, which is the right token at its place, or that ends the request in a pool of `capacity`.
     """
     count = 0
     for proposed, token in zip((*chunk.proposed, None), sampled, strict=False):

@@ -6,19 +6,19 @@ from typing import NamedTuple, SupportsIndex
 
 from pagestream.server.request import Request
 
-_LENGTHS = 40  # more bits than any prompt's length has
+_MAX_BITS = 40  # more than any prompt's length has
 
 
-class Waiting(NamedTuple):
-    """Of requests of about one length."""
+class Total(NamedTuple):
+    """Sums over the waiting requests whose lengths, in binary, have equally many digits."""
 
     requests: int = 0
     tokens: int = 0
-    squares: int = 0  # of their lengths
+    squares: int = 0  # of the lengths in tokens
 
 
 class Demand(NamedTuple):
-    """Of a tenant."""
+    """What waits of one tenant."""
 
     requests: int = 0
     tokens: int = 0
@@ -29,12 +29,12 @@ class WaitingQueue(list[Request]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._totals = [Waiting()] * _LENGTHS  # by the bits of the length
-        self.tenants: dict[str, Demand] = {}  # those that wait
+        self._totals = [Total()] * _MAX_BITS  # by the number of binary digits of the length
+        self.tenants: dict[str, Demand] = {}  # only tenants of whom something waits
 
     @property
-    def totals(self) -> list[Waiting]:
-        """By length, which at most doubles from one to the next; those that there are."""
+    def totals(self) -> list[Total]:
+        """Those that are not empty, shortest requests first; lengths within one differ by less than a factor of 2."""
         return [total for total in self._totals if total.requests]
 
     def append(self, request: Request) -> None:
@@ -51,10 +51,9 @@ class WaitingQueue(list[Request]):
 
     def _count(self, request: Request, sign: int) -> None:
         length = request.num_tokens
-        total = self._totals[length.bit_length()]
-        self._totals[length.bit_length()] = Waiting(
-            total.requests + sign, total.tokens + sign * length, total.squares + sign * length * length
-        )
+        bits = length.bit_length()
+        requests, tokens, squares = self._totals[bits]
+        self._totals[bits] = Total(requests + sign, tokens + sign * length, squares + sign * length * length)
         demand = self.tenants.pop(request.tenant, Demand())
         if demand.requests + sign:
             self.tenants[request.tenant] = Demand(demand.requests + sign, demand.tokens + sign * length)

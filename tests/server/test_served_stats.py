@@ -233,9 +233,9 @@ class Damaged:
 
 
 def texts(model_path: Path, count: int) -> list[list[int]]:
-    """Prompts of 130 tokens from this project's own prose."""
+    """Prompts of 130 tokens of ordinary prose."""
     tokenizer = open_checkpoint(model_path).load_tokenizer()
-    tokens = tokenizer.encode((Path(__file__).parents[2] / "server/README.md").read_text(), add_special_tokens=False)
+    tokens = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text(), add_special_tokens=False)
     return [tokens[130 * number : 130 * (number + 1)] for number in range(count)]
 
 
