@@ -24,7 +24,7 @@ from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
 from pagestream.server.interceptor import Sink
 from pagestream.server.keys import KeyFile
-from pagestream.server.listener import Listener
+from pagestream.server.listener import Listener, address_of
 from pagestream.server.logs import log_call, set_up_logging
 from pagestream.server.metrics import Metrics
 from pagestream.server.objectives import Objectives
@@ -114,8 +114,8 @@ def _locks(config: ServerConfig) -> tuple[TlsFiles | None, KeyFile | None]:
 
 
 def _say_where(config: ServerConfig, grpc_port: int, http_port: int) -> None:
-    web = f"{'https' if config.tls_cert else 'http'}://{config.host}:{http_port}"
-    log.info("gRPC on %s:%d; metrics on %s/metrics", config.host, grpc_port, web)
+    web = f"{'https' if config.tls_cert else 'http'}://{address_of(config.host, http_port)}"
+    log.info("gRPC on %s; metrics on %s/metrics", address_of(config.host, grpc_port), web)
 
 
 def _tracer(metrics: Metrics) -> Tracer | None:
@@ -136,7 +136,7 @@ def _warn_if_open(config: ServerConfig) -> None:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 

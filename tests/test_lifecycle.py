@@ -130,8 +130,8 @@ def test_a_port_that_is_taken_is_said_once(serve: Serve, tiny_model_path: Path) 
         command += ["--grpc-port", str(port), "--http-port", "0"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
     assert run.returncode == 1
-    expected = f"pagestream: the gRPC port 127.0.0.1:{port} cannot be opened; is another server running?"
-    assert run.stderr.splitlines() == [expected]
+    expected = f"pagestream: the gRPC port 127.0.0.1:{port} cannot be opened (Address already in use): "
+    assert run.stderr.splitlines() == [expected + "choose another --grpc-port or --host"]
 
 
 def test_a_locked_server_serves_who_may_and_drains_by_its_admin_socket(
