@@ -45,7 +45,7 @@ _LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
 
 
 def serve(config: ServerConfig) -> int:
-    """Serves until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
+    """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it at once. Returns the exit code.
 
     Raises ModelError if the model cannot be loaded and OSError if a port is taken or a file of certificates or keys
     cannot be used.
@@ -57,7 +57,8 @@ def serve(config: ServerConfig) -> int:
 async def _serve(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     stop, stop_now = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # which is what nohup sees to
+    for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hangs_up else [])):
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
     objectives = Objectives(config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000, config.slo_e2e_s)
     metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)

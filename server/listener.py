@@ -124,10 +124,12 @@ def _check_port(host: str, port: int) -> None:
     """Raises OSError if nobody can listen there, as where another server does: gRPC prints lines of its own before it
     says so, and not why."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise OSError(
-            f"the gRPC port {address_of(host, port)} cannot be opened ({error.strerror}): "
-            "choose another --grpc-port or --host"
-        ) from error
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: what has ended is in nobody's way
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"the gRPC port {address_of(host, port)} cannot be opened ({error.strerror}): "
+                "choose another --grpc-port or --host"
+            ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,12 +84,12 @@ def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> No
     client.close()
 
 
-def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
+def test_a_hangup_drains_and_a_second_signal_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
     server = serve(tiny_model_path, *ONE_THREAD)
     client = server.connect()
     running = client.open(text="x", stop=stop(4000, ignore_eos=True), output=UNREAD)
     next(running)
-    server.terminate()
+    server.process.send_signal(signal.SIGHUP)  # the terminal was closed
     server.wait_for_log("draining")
     server.terminate()
     with refused("UNAVAILABLE", "DRAINING"):
