@@ -31,9 +31,6 @@ class Interval:
     lower: float
     upper: float
 
-    def overlaps(self, other: Interval) -> bool:
-        return self.lower <= other.upper and other.lower <= self.upper
-
 
 def wilson(hits: int, trials: int) -> Interval:
     """Of a proportion: Wilson's score interval, which is never empty and never leaves 0 to 1. Raises ValueError for no

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -72,10 +73,10 @@ def connect(url: str, credentials: Credentials = ANONYMOUS) -> Target:
     chat completions. Raises SpecError, and TargetError for files of credentials that cannot be used."""
     parts = urlsplit(url)
     try:
-        if parts.scheme == "grpc" and parts.port:
+        if address := grpc_address(url):
             from pagestream.loadtest.grpc_target import GrpcTarget  # noqa: PLC0415 - each target needs its own library
 
-            return GrpcTarget(f"{parts.hostname}:{parts.port}", credentials)
+            return GrpcTarget(address, credentials)
         if parts.scheme in ("http", "https") and parts.hostname:
             from pagestream.loadtest.http_target import HttpTarget  # noqa: PLC0415
 
@@ -85,8 +86,13 @@ def connect(url: str, credentials: Credentials = ANONYMOUS) -> Target:
     raise SpecError(f"{url!r} is no target: grpc://HOST:PORT, or http://HOST:PORT for an OpenAI-compatible server")
 
 
+def grpc_address(url: str) -> str | None:
+    """HOST:PORT of grpc://HOST:PORT; None for anything else."""
+    match = re.fullmatch(r"grpc://([^/@?#]+:(\d{1,5}))/?", url, re.ASCII)
+    return match[1] if match and 0 < int(match[2]) < 2**16 else None
+
+
 def metrics_url(url: str, credentials: Credentials = ANONYMOUS) -> str:
     """Where a server at this URL usually shows its Prometheus metrics."""
-    parts = urlsplit(url)
-    scheme = "https" if credentials.ca else "http"
-    return f"{scheme}://{parts.hostname}:8080/metrics" if parts.scheme == "grpc" else f"{url.rstrip('/')}/metrics"
+    scheme, address = "https" if credentials.ca else "http", grpc_address(url)
+    return f"{scheme}://{address.rpartition(':')[0]}:8080/metrics" if address else f"{url.rstrip('/')}/metrics"

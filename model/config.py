@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pagestream.model.errors import ModelError
+from pagestream.model.errors import ModelError, UnsupportedModelError
 
 MAX_LAYERS = 1024  # eight times the most there are: a damaged file must not have billions counted
 
@@ -33,7 +33,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes in elements. `architecture` is the Hugging Face model type. Raises ModelError for sizes that cannot be."""
+    """Sizes in elements. `architecture` is the Hugging Face model type. Raises ModelError for sizes that cannot be,
+    UnsupportedModelError for heads that the attention kernels do not take."""
 
     architecture: Literal["llama", "mistral", "qwen2", "qwen3"]
     vocab_size: int
@@ -64,5 +65,5 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ModelError(f"head size {self.head_dim} must be even: rotary positions turn pairs")
+        if self.head_dim < 8 or self.head_dim % 8:
+            raise UnsupportedModelError(f"head size {self.head_dim} is not supported, only multiples of 8")

@@ -49,11 +49,8 @@ class LoadedModel:
 
     @property
     def is_row_invariant(self) -> bool:
-        """Whether a token's logits depend, to the last bit, on nothing but the tokens before it and on which of these
-        were generated: not on how many rows are computed at once. So it is with quantised matrices; torch's own
-        products choose their order of sums by size.
-        """
-        return self.dtype in _QUANTIZED
+        """See `Network.is_row_invariant`."""
+        return self.runner.is_row_invariant
 
 
 def load_model(

@@ -33,6 +33,14 @@ class Network:
         self._decoder = native_decoder(config, weights)
         self._workspaces: dict[int, torch.Tensor] = {}  # of attention, by window; without elements on a CPU
 
+    @property
+    def is_row_invariant(self) -> bool:
+        """Whether a token's logits depend, to the last bit, on nothing but the tokens before it and on which of these
+        were generated: not on how many rows are computed at once. So it is in the compiled decoder; torch's own
+        products choose their order of sums by size.
+        """
+        return self._decoder is not None
+
     @torch.inference_mode()
     def outputs(self, batch: Batch, cache: KVCache, observation: Observation | None = None) -> Outputs:
         """Writes the keys and values of every row into its slot; returns what sampled_rows say. `observation` receives

@@ -25,6 +25,11 @@ class Runner:
         self._cache = cache
         self._device = weights.norm.device
 
+    @property
+    def is_row_invariant(self) -> bool:
+        """See `Network.is_row_invariant`."""
+        return self._network.is_row_invariant
+
     def step(self, plan: StepPlan) -> StepResult:
         """Raises NonFiniteLogitsError, naming the request, where the network returns no usable distribution."""
         self._copy_pages(plan)

@@ -29,7 +29,7 @@ from pagestream.server.config import (
     load_config,
 )
 from pagestream.server.operate import admin, doctor, token_command
-from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token
+from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token, read_prompt
 from pagestream.server.printing import print_answer, print_answers, print_events
 from pagestream.v1.generation_pb2 import GenerateStreamRequest, SamplingConfig, StopConfig
 
@@ -183,7 +183,7 @@ def generate(
         seed=seed,
     )
     request = GenerateStreamRequest(sampling=sampling, stop=stop_config, n=n or 0)
-    prompt = sys.stdin.read() if text == "-" else text
+    prompt = read_prompt(text)
     if chat:
         request.chat.messages.add(role="user", content=prompt)
     else:

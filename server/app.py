@@ -24,7 +24,7 @@ from pagestream.server.engine import Engine
 from pagestream.server.http import start_http
 from pagestream.server.interceptor import Sink
 from pagestream.server.keys import KeyFile
-from pagestream.server.listener import Listener
+from pagestream.server.listener import Listener, address_of
 from pagestream.server.logs import log_call, set_up_logging
 from pagestream.server.metrics import Metrics
 from pagestream.server.objectives import Objectives
@@ -45,7 +45,7 @@ _LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
 
 
 def serve(config: ServerConfig) -> int:
-    """Serves until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
+    """Serves until SIGTERM, SIGINT or SIGHUP; a second one ends it at once. Returns the exit code.
 
     Raises ModelError if the model cannot be loaded and OSError if a port is taken or a file of certificates or keys
     cannot be used.
@@ -57,7 +57,8 @@ def serve(config: ServerConfig) -> int:
 async def _serve(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
     stop, stop_now = asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # which is what nohup sees to
+    for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hangs_up else [])):
         loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
     objectives = Objectives(config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000, config.slo_e2e_s)
     metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)
@@ -114,8 +115,8 @@ def _locks(config: ServerConfig) -> tuple[TlsFiles | None, KeyFile | None]:
 
 
 def _say_where(config: ServerConfig, grpc_port: int, http_port: int) -> None:
-    web = f"{'https' if config.tls_cert else 'http'}://{config.host}:{http_port}"
-    log.info("gRPC on %s:%d; metrics on %s/metrics", config.host, grpc_port, web)
+    web = f"{'https' if config.tls_cert else 'http'}://{address_of(config.host, http_port)}"
+    log.info("gRPC on %s; metrics on %s/metrics", address_of(config.host, grpc_port), web)
 
 
 def _tracer(metrics: Metrics) -> Tracer | None:
@@ -136,7 +137,7 @@ def _warn_if_open(config: ServerConfig) -> None:
 
 def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 

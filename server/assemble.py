@@ -58,7 +58,8 @@ def assemble(
     )
     if config.deterministic and not loaded.is_row_invariant:
         raise ModelError(
-            f"--deterministic: in {loaded.dtype}, answers may depend on what is computed beside them; use int8 or int4"
+            f"--deterministic: in {loaded.dtype}, answers may depend on what is computed beside them; it takes int8 or "
+            "int4, compiled kernels, and matrices whose inputs divide by 32"
         )
     _check_attention(loaded, config.page_size, metrics)
     _warm_up(loaded, config.token_budget)

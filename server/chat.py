@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 from rich.console import Console
 
@@ -19,6 +20,8 @@ def run_chat(client: Client, sampling: SamplingConfig, stop: StopConfig) -> None
     name, context = model.name.removeprefix("models/"), f"{model.max_context_tokens:,} tokens of context"
     terminal.print(f"{name} · {context}\n{HELP}", style="dim", markup=False)
     history: list[ChatMessage] = []
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is pasted need not be UTF-8
     while (line := _read_line(terminal)) is not None:
         match line.strip():
             case "":

@@ -104,6 +104,10 @@ def _text(value: object) -> str:
     return value
 
 
+def _host(value: object) -> str:
+    return _text(value).strip("[]")  # as IPv6 addresses stand before a port
+
+
 def _path(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError(f"{value!r} is not a path")
@@ -172,7 +176,7 @@ _PARSERS: Mapping[str, Parse] = {
     "device": _one_of(*get_args(Device)),
     "dtype": _one_of(*get_args(Dtype)),
     "kv_dtype": _one_of(*get_args(KvDtype)),
-    "host": _text,
+    "host": _host,
     "grpc_port": _integer(0, 65535),
     "http_port": _integer(0, 65535),
     "threads": _integer(1),

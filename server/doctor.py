@@ -132,7 +132,7 @@ def _ports(config: ServerConfig) -> Iterator[Finding]:
     for name, port in (("grpc_port", config.grpc_port), ("http_port", config.http_port)):
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
-            socket.create_server((config.host.strip("[]"), port), family=family).close()
+            socket.create_server((config.host, port), family=family).close()
         except OSError as error:
             advice = f"stop what listens there, or choose another --{name.replace('_', '-')}"
             yield Finding(name, f"{config.host}:{port}: {error.strerror}", good=False, advice=advice)

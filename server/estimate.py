@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pagestream.server.client import CallError, Client, Credentials, UnreachableError, seconds_of
-from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token
+from pagestream.server.options import Address, TlsCa, TlsCert, TlsKey, Token, read_prompt
 from pagestream.v1.generation_pb2 import Chat, ChatMessage
 from pagestream.v1.insight_pb2 import EstimateRequest, EstimateResponse
 
@@ -28,7 +28,7 @@ def estimate(
 
     Example: [bold]pagestream estimate --raw - < report.txt[/]
     """
-    prompt = typer.get_text_stream("stdin").read() if text == "-" else text
+    prompt = read_prompt(text)
     request = EstimateRequest(text=prompt)
     if chat:
         request = EstimateRequest(chat=Chat(messages=[ChatMessage(role="user", content=prompt)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,5 +69,5 @@ Event = Progress | Delta | Finished | Failed
 
 
 def nearest_rank(ordered: Sequence[float], share: float) -> float | None:
-    """The quantile of sorted values; None of none."""
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else None
+    """The smallest of sorted values that at least this share of them, above 0, does not exceed; None of none."""
+    return ordered[math.ceil(share * len(ordered)) - 1] if ordered else None

@@ -61,7 +61,12 @@ def start_http(
     """
     server_class = _ServerV6 if ":" in host else _Server
     context = server_context(tls) if tls else None
-    server = make_server(host, port, _guarded(_app(metrics), keys), server_class, _Handler)
+    try:
+        server = make_server(host, port, _guarded(_app(metrics), keys), server_class, _Handler)
+    except OSError as error:
+        raise OSError(
+            f"the HTTP port {port} of {host} cannot be opened ({error.strerror}): choose another --http-port or --host"
+        ) from error
     server.context = context
     return HttpServer(server)
 

@@ -87,14 +87,14 @@ class Listener:
         names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
-            address = f"{host}:{port}"
+            address = address_of(host, port)
             self.port: int = (
                 self._server.add_secure_port(address, credentials)
                 if credentials
                 else self._server.add_insecure_port(address)
             )
         except RuntimeError as error:
-            raise _taken(host, port) from error
+            raise OSError(f"the gRPC port {address_of(host, port)} cannot be opened") from error
 
     async def start(self) -> None:
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
@@ -116,14 +116,20 @@ class Listener:
         await self._server.stop(grace=1.0)
 
 
+def address_of(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _check_port(host: str, port: int) -> None:
-    """Raises OSError if another server listens there: gRPC prints lines of its own before it says so."""
+    """Raises OSError if nobody can listen there, as where another server does: gRPC prints lines of its own before it
+    says so, and not why."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host.strip("[]"), port), family=family).close()
-    except OSError as error:
-        raise _taken(host, port) from error
-
-
-def _taken(host: str, port: int) -> OSError:
-    return OSError(f"the gRPC port {host}:{port} cannot be opened; is another server running?")
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: what has ended is in nobody's way
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"the gRPC port {address_of(host, port)} cannot be opened ({error.strerror}): "
+                "choose another --grpc-port or --host"
+            ) from error

@@ -40,7 +40,7 @@ def token_command(
     entry["metrics"] = metrics or None
     given = {field: value for field, value in entry.items() if value is not None}
     try:
-        parse_key(given, "--")
+        parse_key(given, "the key")
     except OSError as error:
         typer.echo(f"pagestream: {error}", err=True)
         raise typer.Exit(2) from error

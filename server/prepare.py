@@ -87,12 +87,15 @@ async def read_prompt(
     message: validate.PromptMessage, model: ServedModel, tokenizing: Executor, metrics: Metrics
 ) -> list[int]:
     """The tokens of a checked message's prompt. Raises InvalidFieldError and NoChatTemplateError."""
-    if message.WhichOneof("prompt") == "token_ids":
+    kind = message.WhichOneof("prompt")
+    if kind == "token_ids":
         return list(message.token_ids.ids)
     started = time.monotonic()
     loop = asyncio.get_running_loop()
     prompt = await loop.run_in_executor(tokenizing, _tokenize, message, model)
     metrics.observe_tokenize(time.monotonic() - started)
+    if not prompt:
+        raise InvalidFieldError(kind or "prompt", "has no tokens")
     if max(prompt) >= model.vocab_size:  # a tokenizer may hold tokens that the network was never given
         raise InvalidFieldError("prompt", f"has token {max(prompt)}; the model knows {model.vocab_size}")
     return prompt
@@ -111,10 +114,7 @@ def check_fits(num_tokens: int, model: ServedModel) -> None:
 def _tokenize(message: validate.PromptMessage, model: ServedModel) -> list[int]:
     if message.WhichOneof("prompt") == "text":
         validate.check_text("text", message.text, model.max_context)
-        prompt = model.tokenizer.encode(message.text, add_special_tokens=True)
-        if not prompt:
-            raise InvalidFieldError("text", "has no tokens")
-        return prompt
+        return model.tokenizer.encode(message.text, add_special_tokens=True)
     text = render_chat(message.chat, model, add_generation_prompt=True)
     validate.check_text("chat.messages", text, model.max_context)
     return model.tokenizer.encode(text, add_special_tokens=False)  # the template writes the special tokens itself

@@ -30,6 +30,7 @@ MAX_REQUEST_ID_BYTES = 128
 MAX_ATTENTION_EVERY = 4096
 MAX_SPANS = 64
 MAX_SPAN_NAME = 64  # characters
+_LEAST_PENALTY = pb.SamplingConfig(repetition_penalty=0.01).repetition_penalty  # what a float on the wire makes of it
 _TEXT_BYTES_PER_TOKEN = 128  # more than the longest tokens there are; text has 4
 _LEAST_TEXT_BYTES = 8 * 2**20  # is always tokenised, to tell how many tokens it has
 
@@ -68,7 +69,7 @@ def sampling_params(
         top_k=_check_range("sampling.top_k", sampling.top_k, 1, math.inf) if sampling.HasField("top_k") else None,
         top_p=_number(sampling, "top_p", 1.0, 0, 1, open_below=True),
         min_p=_number(sampling, "min_p", 0.0, 0, 1),
-        repetition_penalty=_number(sampling, "repetition_penalty", 1.0, 0.01, 10),
+        repetition_penalty=_number(sampling, "repetition_penalty", 1.0, _LEAST_PENALTY, 10),
         presence_penalty=_number(sampling, "presence_penalty", 0.0, -2, 2),
         frequency_penalty=_number(sampling, "frequency_penalty", 0.0, -2, 2),
         logit_bias=dict(sampling.logit_bias),

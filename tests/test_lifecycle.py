@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,12 +84,12 @@ def test_sigterm_lets_a_stream_finish(serve: Serve, tiny_model_path: Path) -> No
     client.close()
 
 
-def test_a_second_sigterm_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
+def test_a_hangup_drains_and_a_second_signal_ends_at_once(serve: Serve, tiny_model_path: Path) -> None:
     server = serve(tiny_model_path, *ONE_THREAD)
     client = server.connect()
     running = client.open(text="x", stop=stop(4000, ignore_eos=True), output=UNREAD)
     next(running)
-    server.terminate()
+    server.process.send_signal(signal.SIGHUP)  # the terminal was closed
     server.wait_for_log("draining")
     server.terminate()
     with refused("UNAVAILABLE", "DRAINING"):
@@ -130,8 +131,8 @@ def test_a_port_that_is_taken_is_said_once(serve: Serve, tiny_model_path: Path) 
         command += ["--grpc-port", str(port), "--http-port", "0"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
     assert run.returncode == 1
-    expected = f"pagestream: the gRPC port 127.0.0.1:{port} cannot be opened; is another server running?"
-    assert run.stderr.splitlines() == [expected]
+    expected = f"pagestream: the gRPC port 127.0.0.1:{port} cannot be opened (Address already in use): "
+    assert run.stderr.splitlines() == [expected + "choose another --grpc-port or --host"]
 
 
 def test_a_locked_server_serves_who_may_and_drains_by_its_admin_socket(

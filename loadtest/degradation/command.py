@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.progress import track
@@ -19,6 +18,7 @@ from pagestream.loadtest.degradation.page import write
 from pagestream.loadtest.degradation.server import Server
 from pagestream.loadtest.degradation.tasks import DEPTHS, FILLERS
 from pagestream.loadtest.scrape import MetricsPage
+from pagestream.loadtest.target import grpc_address
 
 CONFIDENCE = 0.95  # of every interval
 
@@ -55,22 +55,22 @@ def draw_card(
         name = Path(server.model()["name"]).name
         document = folder / f"{name}.json"
         kept = _read(document) if only and document.exists() else {}
+        if kept and kept["model"] != server.model():
+            raise DegradationError(f"{document} is of another model or setting: {kept['model']}")
         effort, page = QUICK if quick else FULL, MetricsPage(metrics, credentials)
         if trials is not None:
             effort = replace(effort, groups=trials, passkey_groups=max(len(FILLERS), trials // len(DEPTHS)))
         card = {**kept, **measure_card(server, parts, effort, page, seed, _progress, control)}
-    if kept and kept["model"] != card["model"]:
-        raise DegradationError(f"{document} is of another model or setting: {kept['model']}")
     for path in write(card, folder, name, json.dumps(card, indent=1) + "\n"):
         console.print(path)
     return other is None or _compare(console, other, {part: card[part] for part in parts if part in card})
 
 
 def _address(target: str) -> str:
-    parts = urlsplit(target)
-    if parts.scheme != "grpc" or not parts.port:
+    address = grpc_address(target)
+    if address is None:
         raise DegradationError(f"{target!r} is not grpc://HOST:PORT")
-    return f"{parts.hostname}:{parts.port}"
+    return address
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def invoke(*arguments: str, **options: Any) -> Result:
         (("fixed", "--workers", "3"), 2, "3 workers for a concurrency of 1"),
         (("trace:file=/nowhere",), 2, "cannot read /nowhere"),
         (("fixed", "--target", "localhost:1"), 2, "is no target"),
+        (("fixed", "--target", "grpc://localhost:99999"), 2, "'grpc://localhost:99999' is no target"),
+        (("fixed", "--target", "grpc://[::1]:1"), 4, "no pagestream server answers at [::1]:1"),
         (("fixed", "--target", "grpc://127.0.0.1:1"), 4, "no pagestream server answers at 127.0.0.1:1"),
     ],
 )

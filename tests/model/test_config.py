@@ -193,7 +193,7 @@ def test_names_the_missing_key(model_type: str, key: str) -> None:
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"num_key_value_heads": 4}, "6 query heads cannot share 4"),
-        ({"head_dim": 15}, "head size 15"),
+        ({"head_dim": 100}, "head size 100 is not supported, only multiples of 8"),
     ],
 )
 def test_names_the_malformed_value(change: dict[str, Any], named: str) -> None:

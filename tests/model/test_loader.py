@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from pagestream.model import loader
+from pagestream.model import loader, native
 from pagestream.model.batch import build_batch
 from pagestream.model.checkpoint import open_checkpoint
 from pagestream.model.errors import ModelError, NotEnoughMemoryError
@@ -20,17 +20,20 @@ from pagestream.model.step import Chunk, SamplingParams, StepPlan
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("tiny-llama"), intermediate_size=64)
+
+
+def save(path: Path, intermediate_size: int) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=96,
         hidden_size=128,
-        intermediate_size=64,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
     )
-    path = tmp_path_factory.mktemp("tiny-llama")
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     return path
 
@@ -125,6 +128,17 @@ def test_safetensors_are_quantized_on_request(folder: Path, dtype: str, toleranc
     tokens = [5, 17, 42, 3, 88, 21]
     exact, ours = (_logits(load(folder, dtype=name, kv_dtype="fp32"), tokens) for name in ("fp32", dtype))
     assert 0 < (ours - exact).abs().mean() < tolerance * exact.abs().mean()
+
+
+def test_only_the_compiled_decoder_makes_answers_independent_of_their_company(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where a matrix stays dense, because its inputs do not divide into groups, nor without a compiler."""
+    assert load(folder, dtype="int8").is_row_invariant == native.has_decoder()
+    assert not load(folder, dtype="fp32").is_row_invariant
+    assert not load(save(tmp_path, intermediate_size=72), dtype="int8").is_row_invariant
+    monkeypatch.setattr(native, "has_decoder", lambda: False)
+    assert not load(folder, dtype="int8").is_row_invariant
 
 
 def _logits(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -72,7 +73,7 @@ class LiveApp:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-RunApp = Callable[[Callable[[LiveApp], None]], int]
+RunApp = Callable[..., int]
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def run_app(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
     """Serves while the scenario runs beside it, and returns the exit code."""
     caplog.set_level(logging.INFO)
 
-    def run(scenario: Callable[[LiveApp], None]) -> int:
+    def run(scenario: Callable[[LiveApp], None], host: str = "127.0.0.1") -> int:
         live = LiveApp(caplog)
         monkeypatch.setattr(app, "assemble", live.assemble)
         ended = threading.Event()
@@ -99,7 +100,7 @@ def run_app(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
             # A signal that comes once the server has taken its handlers down must not end the test run.
             before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             try:
-                code = app.serve(ServerConfig(grpc_port=0, http_port=0, drain_seconds=WAIT))
+                code = app.serve(ServerConfig(host=host, grpc_port=0, http_port=0, drain_seconds=WAIT))
             finally:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 ended.set()
@@ -133,6 +134,21 @@ def test_readiness_follows_the_model(run_app: RunApp) -> None:
         client.close()
 
     assert run_app(scenario) == 0
+
+
+def test_both_ports_open_on_ipv6(run_app: RunApp) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+
+    def scenario(live: LiveApp) -> None:
+        client = live.connect()
+        assert client.health("liveness") == SERVING
+        assert live.http("/healthz") == (503, "loading")
+        client.close()
+
+    assert run_app(scenario, "::1") == 0
 
 
 def test_a_drain_finishes_what_runs_and_refuses_the_rest(run_app: RunApp) -> None:

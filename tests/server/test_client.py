@@ -30,6 +30,7 @@ from pagestream.v1.generation_pb2_grpc import GenerationServiceServicer, add_Gen
 from pagestream.v1.model_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
 
 WAIT = 20.0  # seconds, far more than anything here takes
+PAGESTREAM = (sys.executable, "-m", "pagestream.server")
 CTRL_C, CTRL_D = "\x03", "\x04"
 Context, Event = grpc.ServicerContext, pb.GenerateStreamResponse
 HANG = Event()  # in a script: from here on wait until the client has gone
@@ -171,6 +172,18 @@ def test_no_server_says_how_to_start_one(arguments: list[str]) -> None:
     assert (result.exit_code, result.stderr) == (4, f"pagestream: {problem}; start one with: pagestream serve\n")
 
 
+def test_what_is_not_utf_8_is_sent_as_replacement_characters(server: ScriptedServer) -> None:
+    for _ in range(3):
+        server.scripts.put(answer())
+    latin = b"caf\xe9"
+    command = [*PAGESTREAM, "generate", "--raw", "--address", server.address]
+    subprocess.run([*command, latin], check=True, capture_output=True)
+    subprocess.run([*command, "-"], input=latin, check=True, capture_output=True)
+    assert [request.text for request in server.requests] == ["caf\ufffd"] * 2
+    subprocess.run([*PAGESTREAM, "chat", "--address", server.address], input=latin, check=True, capture_output=True)
+    assert server.requests[2].chat.messages[0].content == "caf\ufffd"
+
+
 def test_a_number_too_large_for_its_field_is_wrong_usage(server: ScriptedServer) -> None:
     result = run(server, "generate", "x", "--seed", str(2**64))
     assert (result.exit_code, server.requests) == (2, [])
@@ -256,7 +269,7 @@ def terminal(server: ScriptedServer) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def open_terminal(*arguments: str) -> Terminal:
-        opened.append(Terminal(sys.executable, "-m", "pagestream.server", *arguments, "--address", server.address))
+        opened.append(Terminal(*PAGESTREAM, *arguments, "--address", server.address))
         return opened[-1]
 
     yield open_terminal

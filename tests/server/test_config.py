@@ -51,6 +51,10 @@ def test_every_setting_can_come_from_the_file(tmp_path: Path) -> None:
     assert load_config(file, {}) == expected
 
 
+def test_an_ipv6_address_may_stand_in_brackets() -> None:
+    assert load_config(None, {"host": "[::1]"}) == load_config(None, {"host": "::1"}) == ServerConfig(host="::1")
+
+
 def test_half_of_a_tls_setting_is_refused() -> None:
     with pytest.raises(ValueError, match="go together"):
         ServerConfig(tls_key=Path("k"))

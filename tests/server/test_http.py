@@ -220,7 +220,7 @@ def test_nothing_is_printed(server: HttpServer, capfd: pytest.CaptureFixture[str
 
 def test_a_taken_port_is_an_error_and_close_frees_it(metrics: Metrics) -> None:
     server = start_http(0, "127.0.0.1", metrics)
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(OSError, match=f"HTTP port {server.port} .*in use.*--http-port"):
         start_http(server.port, "127.0.0.1", metrics)
     server.close()
     with pytest.raises(ConnectionRefusedError):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from pagestream.server.events import Timings
+from pagestream.server.events import Timings, nearest_rank
 from pagestream.server.metrics import Metrics
 from pagestream.server.objectives import Objectives
 from pagestream.server.request import FinishReason
@@ -38,6 +38,15 @@ def timings(first: float | None, *gaps: float) -> Timings:
 )
 def test_what_is_met(reason: FinishReason, times: Timings, seconds: float, judged: dict[str, bool]) -> None:
     assert dict(OBJECTIVES.judge(reason, times, seconds)) == judged
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [(1, 0.5, 1), (2, 0.5, 1), (5, 0.5, 3), (1, 0.99, 1), (99, 0.99, 99), (100, 0.99, 99), (101, 0.99, 100)],
+)
+def test_quantiles_are_of_the_nearest_rank(count: int, share: float, expected: int) -> None:
+    """Worked out by hand: of 1, 2, 3 ... the smallest that this share does not exceed."""
+    assert nearest_rank(range(1, count + 1), share) == expected
 
 
 def test_requests_are_counted_by_their_prompt() -> None:

@@ -73,6 +73,13 @@ def test_a_template_that_refuses_the_messages_is_a_bad_field_in_its_own_words(ma
     assert "roles must alternate" in refusal.got.message
 
 
+def test_a_chat_that_its_template_makes_nothing_of_is_a_bad_field(make_service: MakeService) -> None:
+    client = make_service("{{ messages[0].content }}").client
+    with refused("INVALID_ARGUMENT", "INVALID_FIELD") as refusal:
+        client.stream(chat=pb.Chat(messages=[pb.ChatMessage(role="user")]))
+    assert refusal.got.fields == ["chat"]
+
+
 def test_a_chat_needs_a_template(make_service: MakeService) -> None:
     client = make_service(template=None).client
     messages = [pb.ChatMessage(role="user", content="x")]

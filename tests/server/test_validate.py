@@ -104,6 +104,7 @@ def test_what_makes_no_sense_is_refused_by_the_name_of_its_field(message: pb.Gen
         request(token_ids=pb.TokenIds(ids=[0, VOCAB - 1])),
         request(request_id="é" * 64),
         request(sampling={"temperature": 100, "top_p": 1, "min_p": 1, "repetition_penalty": 10, "top_k": 2**32 - 1}),
+        request(sampling={"repetition_penalty": 0.01}),
         request(sampling={"presence_penalty": -2, "frequency_penalty": 2, "logit_bias": {0: -100, VOCAB - 1: 100}}),
         request(stop={"max_tokens": 4, "min_tokens": 4, "stop_strings": ["é" * 256] * 16}),
         request(stop={"max_tokens": 2**32 - 1, "stop_token_ids": [VOCAB - 1] * 64}),
