@@ -47,9 +47,9 @@ inline void split_columns(Float (&x)[kColumns]) {
 
 // For a few rows: tile 0 for the scores of 16 keys and 1 for the query's columns, 2 to 5 for outputs and 7 for weights,
 // 6 for keys and values.
-template <int kColumns, int kParts = 1>
+template <int kColumns>
 inline void configure_few() {
-  constexpr TileShape kScores{kPanel, kColumns * sizeof(float)}, kRows{kColumns * kParts, kFull.bytes_per_row};
+  constexpr TileShape kScores{kPanel, kColumns * sizeof(float)}, kRows{kColumns, kFull.bytes_per_row};
   configure_tiles({kScores, kScores, kRows, kRows, kRows, kRows, kFull, kRows});
 }
 
