@@ -35,7 +35,7 @@ inline void score_four(const PagedRows<int8_t>& keys, int begin, int stop, int l
       if (i == 0 || size > kBytes) load_tile<7>(query + d * kPanel, kBytes);
       load_tile<6>(block + d, size);
       __asm__ volatile("tdpbssd %tmm7, %tmm6, %tmm0");
-      for (int row = 0; row < kPanel; ++row) ahead.fetch(row * size + d);
+      ahead.fetch_kilobyte(d * kPanel);
     }
     store_tile<0>(sums + i * kPanel * kPanel, kBytes);
   }
@@ -114,8 +114,7 @@ inline void sum_four(const PagedRows<int8_t>& values, int begin, int stop, int l
     zero_tile<5>();
     for (int key = begin; key < stop; key += 2 * kPanel) {
       for (int half = 0; half < 2; ++half) {
-        const Ahead ahead = rows_ahead(values, key + half * kPanel + kTile, last).from(d);
-        for (int row = 0; row < kPanel; ++row) ahead.fetch(row * size);
+        rows_ahead(values, key + half * kPanel + kTile, last).fetch_kilobyte(d * kPanel);
       }
       add_sixteen<2>(x, key - begin, block(key) + d, size, spread[0]);
       add_sixteen<4>(x, key - begin + kPanel, block(key + kPanel) + d, size, spread[1]);

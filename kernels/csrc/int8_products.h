@@ -122,6 +122,9 @@ struct Ahead {
   void fetch(int byte) const {
     if (row != nullptr) __builtin_prefetch(row + byte, 0, 2);
   }
+  void fetch_kilobyte(int byte) const {
+    if (row != nullptr) prefetch(row + byte);
+  }
   Ahead from(int byte) const { return {row == nullptr ? nullptr : row + byte}; }
 };
 
