@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr int kFour = 4;  // rows that share a product: their parts are columns of one tile
+constexpr int kFour = 4;               // rows that share a product: their parts are columns of one tile
+constexpr int kFewAhead = 2 * kTile;  // keys and values are fetched so much ahead
 
 // The sums of four keys, [key][part, row] of 16, as a vector [key, row].
 inline Float add_query_parts(const int32_t* sums) {
@@ -29,7 +30,7 @@ inline void score_four(const PagedRows<int8_t>& keys, int begin, int stop, int l
   for (int i = 0; i < 4; ++i) {
     const int key = begin + i * kPanel;
     const int8_t* const block = keys.at(min(key, (stop - 1) / kPanel * kPanel));  // past the end nobody looks at them
-    const Ahead ahead = rows_ahead(keys, key + kTile, last);
+    const Ahead ahead = rows_ahead(keys, key + kFewAhead, last);
     zero_tile<0>();
     for (int d = 0; d < size; d += kBytes) {
       if (i == 0 || size > kBytes) load_tile<7>(query + d * kPanel, kBytes);
@@ -69,13 +70,10 @@ struct FourWeights {
   int rows;
 };
 
-// Tiles kUpper and kUpper + 1 += weights from place `at` on x 16 values as they lie. Columns are four neighbours, of which
-// row 4 r + i of the product takes the i-th.
+// Tiles kUpper and kUpper + 1 += spread weights x 16 values as they lie. Columns are four neighbours, of which row 4 r + i
+// of the product takes the i-th.
 template <int kUpper>
-inline void add_sixteen(const FourWeights& x, int at, const int8_t* values, int64_t size, uint8_t* spread) {
-  for (int r = 0; r < x.rows; ++r)
-    spread_weights(x.scaled + r * kScoreRow + at, broadcast(x.inverses[r]), spread + r * 4 * kBytes);
-  finish_stores();
+inline void add_sixteen(const uint8_t* spread, const int8_t* values, int64_t size) {
   load_tile<6>(values, size);
   load_tile<7>(spread, kBytes);
   __asm__ volatile("tdpbusd %%tmm6, %%tmm7, %%tmm%c0" : : "i"(kUpper));
@@ -104,7 +102,7 @@ inline void join_columns(const int32_t* even, const int32_t* odd, float factor, 
 // out [rows, D] of at most four rows: weights x values of positions [begin, stop).
 inline void sum_four(const PagedRows<int8_t>& values, int begin, int stop, int last, const FourWeights& x, float* out) {
   const int size = values.head_size;
-  alignas(64) uint8_t spread[2][2 * kTileBytes];
+  alignas(64) uint8_t spread[4][2 * kTileBytes];     // of 64 keys: a tile waits for what was just stored
   alignas(64) int32_t sums[2][2 * kPanel * kPanel];  // of every other 16 values: two chains of products in both parts
   const auto block = [&](int key) { return values.at(min(key, (stop - 1) / kPanel * kPanel)); };
   for (int d = 0; d < size; d += kBytes) {
@@ -112,12 +110,19 @@ inline void sum_four(const PagedRows<int8_t>& values, int begin, int stop, int l
     zero_tile<3>();
     zero_tile<4>();
     zero_tile<5>();
-    for (int key = begin; key < stop; key += 2 * kPanel) {
-      for (int half = 0; half < 2; ++half) {
-        rows_ahead(values, key + half * kPanel + kTile, last).fetch_kilobyte(d * kPanel);
+    for (int key = begin; key < stop; key += kTile) {
+      for (int i = 0; i < 4; ++i) {
+        const int at = i * kPanel;
+        rows_ahead(values, key + at + kFewAhead, last).fetch_kilobyte(d * kPanel);
+        for (int r = 0; r < x.rows; ++r)
+          spread_weights(x.scaled + r * kScoreRow + key - begin + at, broadcast(x.inverses[r]),
+                         spread[i] + r * 4 * kBytes);
       }
-      add_sixteen<2>(x, key - begin, block(key) + d, size, spread[0]);
-      add_sixteen<4>(x, key - begin + kPanel, block(key + kPanel) + d, size, spread[1]);
+      finish_stores();
+      add_sixteen<2>(spread[0], block(key) + d, size);
+      add_sixteen<4>(spread[1], block(key + kPanel) + d, size);
+      add_sixteen<2>(spread[2], block(key + 2 * kPanel) + d, size);
+      add_sixteen<4>(spread[3], block(key + 3 * kPanel) + d, size);
     }
     store_tile<2>(sums[0], kBytes);
     store_tile<3>(sums[0] + kPanel * kPanel, kBytes);
