@@ -122,6 +122,9 @@ struct Ahead {
   void fetch(int byte) const {
     if (row != nullptr) __builtin_prefetch(row + byte, 0, 2);
   }
+  void fetch_kilobyte(int byte) const {
+    if (row != nullptr) prefetch(row + byte);
+  }
   Ahead from(int byte) const { return {row == nullptr ? nullptr : row + byte}; }
 };
 
@@ -196,85 +199,26 @@ inline void add_query_parts(const int32_t* sums, int rows, const float* key_scal
     for (int j = 0; j < kTile; j += kLanes) store(scores + j, add_query_parts(sums + j, part) * load(key_scales + j));
 }
 
-// scores[row][key] of at most kColumns rows over 64 keys as they lie in their page, from tiles of the query: parts of
-// D / 64 each. In tiles of configure_few<kColumns>().
-template <int kColumns>
-void score_few(const PagedRows<int8_t>& keys, int begin, int stop, int last, const int8_t* query, int rows,
-               const float* key_scales, float* scores) {
-  constexpr int kVectors = kColumns * kPanel / kLanes;
-  const int size = keys.head_size;
-  alignas(64) int32_t sums[4][kQueryParts][kColumns * kPanel];
-  finish_stores();
-  for (int i = 0; i < 4; ++i) {
-    const int key = begin + i * kPanel;
-    const int8_t* const block = keys.at(min(key, (stop - 1) / kPanel * kPanel));  // past the end nobody looks at them
-    const Ahead ahead = rows_ahead(keys, key + kTile, last);
-    const int8_t* q = query;
-    for (int part = 0; part < kQueryParts; ++part) {
-      zero_tile<0>();
-      for (int d = 0; d < size; d += kBytes, q += kTileBytes) {
-        load_tile<6>(block + d, size);
-        load_tile<1>(q, kBytes);
-        __asm__ volatile("tdpbssd %tmm1, %tmm6, %tmm0");
-        for (int row = part; row < kPanel; row += kQueryParts) ahead.fetch(row * size + d);
-      }
-      store_tile<0>(sums[i][part], kColumns * int64_t{sizeof(int32_t)});
-    }
-  }
-  for (int i = 0; i < 4; ++i) {
-    Float columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = add_query_parts(sums[i][0] + v * kLanes, kColumns * kPanel);
-    split_columns(columns);
-    for (int r = 0; r < rows; ++r)
-      store(scores + r * kScoreRow + i * kPanel, columns[r] * load(key_scales + i * kPanel));
-  }
+// What a row's weights are to be multiplied by to become integers, from their unit.
+inline float inverse_of(float unit) { return unit < kLeastUnit ? 0 : 1 / unit; }
+
+// Integers of 16 bits, below something.
+inline UInt as_integers(Float weights, Float inverse) {
+  constexpr float kRound = 8388608.0f;  // 2^23: adding it leaves round(x) in the low bits
+  return (UInt)fma(weights, inverse, broadcast(kRound));
 }
 
-// Weights relative to the largest, as integers of 16 bits: the upper bytes, `part` bytes on the lower. `count` is a
-// multiple of 64, within which the keys come in the order of pack_values().
-inline void pack_weights(const float* weights, float largest, int count, int64_t part, uint8_t* to) {
-  constexpr float kRound = 8388608.0f;  // 2^23: adding it leaves round(x) in the low bits
-  const float unit = largest / kLargestWeight;
-  const Float inverse = broadcast(unit < kLeastUnit ? 0 : 1 / unit);
+// Weights as integers: the upper bytes, `part` bytes on the lower. `count` is a multiple of 64, within which the keys
+// come in the order of pack_values().
+inline void pack_weights(const float* weights, Float inverse, int count, int64_t part, uint8_t* to) {
   for (int j = 0; j < count; j += kTile) {
     UInt x[4];
-    for (int i = 0; i < 4; ++i) x[i] = (UInt)fma(load(weights + j + i * kLanes), inverse, broadcast(kRound));
+    for (int i = 0; i < 4; ++i) x[i] = as_integers(load(weights + j + i * kLanes), inverse);
     const UInt first = (x[0] & 0xffffu) | x[1] << 16, second = (x[2] & 0xffffu) | x[3] << 16;
     const UInt upper = (first >> 8 & 0xff00ffu) | (second & 0xff00ff00u);
     const UInt lower = (first & 0xff00ffu) | (second << 8 & 0xff00ff00u);
     memcpy(to + j, &upper, sizeof upper);
     memcpy(to + j + part, &lower, sizeof lower);
-  }
-}
-
-// sums [parts, rows, D] of a few rows, in tiles of configure_few(): weights x values of positions [begin, stop).
-inline void sum_few(const PagedRows<int8_t>& values, int begin, int stop, int last, const uint8_t* weights,
-                    int8_t* packed, int32_t* sums) {
-  const int size = values.head_size;
-  const int64_t row = size * int64_t{sizeof(int32_t)};
-  for (int d = 0; d < size; d += kBytes) {
-    zero_tile<2>();
-    zero_tile<3>();
-    zero_tile<4>();
-    zero_tile<5>();
-    for (int key = begin; key < stop; key += kTile) {
-      if (d == 0) pack_values(values, key, stop, last, packed + (key - begin) * size);
-      const int8_t* const tiles = packed + (key - begin) * size + d * kBytes;
-      finish_stores();
-      load_tile<7>(weights + key - begin, kWeightBytesRow);
-      load_tile<6>(tiles, kBytes);
-      __asm__ volatile("tdpbusd %tmm6, %tmm7, %tmm2");
-      load_tile<6>(tiles + kTileBytes, kBytes);
-      __asm__ volatile("tdpbusd %tmm6, %tmm7, %tmm3");
-      load_tile<6>(tiles + 2 * kTileBytes, kBytes);
-      __asm__ volatile("tdpbusd %tmm6, %tmm7, %tmm4");
-      load_tile<6>(tiles + 3 * kTileBytes, kBytes);
-      __asm__ volatile("tdpbusd %tmm6, %tmm7, %tmm5");
-    }
-    store_tile<2>(sums + d, row);
-    store_tile<3>(sums + d + kPanel, row);
-    store_tile<4>(sums + d + 2 * kPanel, row);
-    store_tile<5>(sums + d + 3 * kPanel, row);
   }
 }
 

@@ -100,7 +100,9 @@ inline void load_scales(const PagedRows<float>& scales, int begin, int end, int 
     const int valid = end - begin - j;
     prefetch_row(scales, begin + kTile + j, last);
     const float* group = valid > 0 ? scales.at(begin + j) : nullptr;
-    for (int i = 0; i < kLanes; ++i) to[j + i] = i < valid ? group[i] : 0;
+    if (valid >= kLanes) store(to + j, load(group));
+    else
+      for (int i = 0; i < kLanes; ++i) to[j + i] = i < valid ? group[i] : 0;
   }
 }
 

@@ -103,11 +103,6 @@ inline void transpose_pairs(const BFloat16* from, int64_t row_stride, BFloat16* 
   for (int i = 0; i < kPanel; ++i) memcpy(to + i * kDepth, &square[i], sizeof(Float));
 }
 
-// Into L2, a kilobyte of what is read a tile later: in small portions, so that reading never waits for computing.
-inline void prefetch(const void* start) {
-  for (int byte = 0; byte < 1024; byte += 64) __builtin_prefetch(static_cast<const char*>(start) + byte, 0, 2);
-}
-
 // 64 keys or values from position `begin` on: up to `stop` they are read, up to `last` fetched ahead.
 struct KVTile {
   PagedRows<BFloat16> rows;
