@@ -10,14 +10,17 @@ cost the same at P' / (L Hq d) tokens. But attention and products run at differe
 faster, and a prompt's tokens cost more than products. So the forecast of c is its operations at the rate that attention
 ran at (`c_fitted_over_operations`), which holds whatever products cost. The crossover is foretold three times: by
 operations at equal rates (of the model alone), at the two rates (as if there were nothing but products), and by the
-kernels' clock. The last line is one JSON document.
+kernels' clock. `first_token_over_forecast` is what each prompt but the first of its length took over what was foretold
+when it arrived. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import queue
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -72,8 +75,11 @@ class Kernels:
         return float(per_square), float(per_token[0]), float(per_token[1])
 
 
-def run(model: str, seconds: float) -> tuple[Metrics, Kernels, int]:
-    """Reads prompts for so long, each length at least once; returns how many it read, too."""
+Ratios = dict[int, list[float]]  # of first tokens over their forecasts, by the prompt's length
+
+
+def run(model: str, seconds: float) -> tuple[Metrics, Kernels, Ratios]:
+    """Reads prompts for so long, each length at least once."""
     kernels, metrics, ends = Kernels(), Metrics(), queue.SimpleQueue[Finished | Failed]()
     kernels.watch()
 
@@ -84,18 +90,33 @@ def run(model: str, seconds: float) -> tuple[Metrics, Kernels, int]:
 
     served = assemble(ServerConfig(model=model, prefix_cache=False, speculation=False), metrics, publish, lambda: None)
     kernels.steps.clear()  # the warm-up
-    prompts, until = 0, time.monotonic() + seconds
-    while not prompts or time.monotonic() < until:
+    ratios: Ratios = {length: [] for length in LENGTHS}
+    until = time.monotonic() + seconds
+    while not ratios[LENGTHS[0]] or time.monotonic() < until:
         for length in random.sample(LENGTHS, len(LENGTHS)):
             prompt = random.choices(range(1000, 40_000), k=length)  # noqa: S311 - not a secret
-            request = Request(str(prompts), prompt, SamplingParams(), 16)
+            request = Request(f"{length} {len(ratios[length])}", prompt, SamplingParams(), 16)
             served.engine.inbox.submit(Job(request, TextStream(served.tokenizer), time.monotonic()))
             match ends.get():
                 case Failed(error):
                     raise error
-            prompts += 1
+                case Finished(timings=timings):
+                    forecast = timings.predicted_time_to_first_token or math.nan  # before there is a fit
+                    ratios[length].append((timings.time_to_first_token or 0.0) / forecast)
     served.engine.stop()
-    return metrics, kernels, prompts
+    return metrics, kernels, ratios
+
+
+def describe(ratios: Ratios) -> dict[str, Any]:
+    """Medians by length without the first of each, and how many of all were within a quarter of their forecast."""
+    later = {length: each[1:] for length, each in ratios.items() if len(each) > 1}
+    every = [ratio for each in later.values() for ratio in each]
+    close = sum(abs(ratio - 1) <= 0.25 for ratio in every)
+    return {
+        "prompts": len(every),
+        "median": {str(length): statistics.median(each) for length, each in later.items()},
+        "within_25_percent": close / len(every) if every else None,
+    }
 
 
 def main() -> None:
@@ -105,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     let_idle_threads_sleep()
-    metrics, kernels, prompts = run(options.model, options.seconds)
+    metrics, kernels, ratios = run(options.model, options.seconds)
     config = open_checkpoint(resolve_model(options.model, ServerConfig().cache_dir, print)).config
     parameters = count_parameters(config) - config.vocab_size * config.hidden_size
     queries = config.num_layers * config.num_heads * config.head_dim
@@ -126,7 +147,8 @@ def main() -> None:
     residuals = metrics.read().histograms["cost_residual_ratio"]
     result: dict[str, Any] = {
         "read_bandwidth_gb_s": read_bandwidth() / 1e9,
-        "prompts": prompts,
+        "prompts": sum(map(len, ratios.values())),
+        "first_token_over_forecast": describe(ratios),
         "steps": {phase: values["cost_fit_samples"][phase,] for phase in ("prefill", "decode")},
         "fit": fit,
         "is_quadratic": fit["prefill_c"]["lower95"] > 0,

@@ -9,7 +9,7 @@ round disturbs all of its variants. A cost is the median over rounds of a varian
 with a 95 % bootstrap interval over rounds. `plain again` is a variant like the plain one: its cost is 0, and shows what
 the method resolves. A look at every 64th step costs a 64th of one at every step, which is the sharper number. `spans`
 includes what `output` costs; `spans beside output` is what pages and spans add to it. The last line is one JSON
-document.
+document, with every sample: `--add RESULT` goes on from one, for a machine that is only free for minutes at a time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from interference import VOCABULARY, connect, server_process
-from record import read_bandwidth, save
+from record import environment, read_bandwidth, save
 
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
@@ -67,6 +68,9 @@ class Sample:
     processor: float  # seconds of all the server's threads
 
 
+Rounds = dict[str, list[Sample]]  # of each variant, in the order of rounds
+
+
 def processor_seconds(pid: int) -> float:
     """Of all threads that live, to the nanosecond."""
     total = 0
@@ -95,13 +99,11 @@ async def sample(stub: GenerationServiceStub, pid: int, prompts: Sequence[Sequen
     return Sample(seconds, processor_seconds(pid) - before)
 
 
-async def measure(
-    servers: dict[str, tuple[str, int]], context: int, streams: int, seconds: float
-) -> dict[str, list[Sample]]:
-    """Samples of each variant in the order of rounds, as many as fit."""
+async def measure(servers: dict[str, tuple[str, int]], context: int, streams: int, seconds: float) -> Rounds:
+    """As many as fit."""
     asked = variants(context)
     prompts = [[random.randrange(VOCABULARY) for _ in range(context)] for _ in range(streams)]  # noqa: S311
-    found: dict[str, list[Sample]] = {name: [] for name in asked}
+    found: Rounds = {name: [] for name in asked}
     async with contextlib.AsyncExitStack() as stack:
         stubs = {name: await stack.enter_async_context(connect(address)) for name, (address, _) in servers.items()}
 
@@ -126,7 +128,7 @@ def cost(samples: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
     return {"value": float(np.median(ratios)), "lower": float(lower), "upper": float(upper)}
 
 
-def summarize(found: dict[str, list[Sample]], streams: int) -> dict[str, Any]:
+def summarize(found: Rounds, streams: int) -> dict[str, Any]:
     by_clock: dict[str, Any] = {}
     tokens = streams * (NEW_TOKENS - 1)
     for clock in ("wall", "processor"):
@@ -138,6 +140,15 @@ def summarize(found: dict[str, list[Sample]], streams: int) -> dict[str, Any]:
     return by_clock
 
 
+def read(path: Path, context: int, streams: int) -> tuple[Rounds, list[dict[str, Any]]]:
+    """Rounds of an earlier result and the parts that they came in. Raises ValueError if it is of something else."""
+    document = json.loads(path.read_text())
+    if (document["context"], document["streams"]) != (context, streams):
+        raise ValueError(f"{path} is of {document['context']} tokens and {document['streams']} streams")
+    rounds = {name: [Sample(*each) for each in samples] for name, samples in document["samples"].items()}
+    return rounds, document["parts"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
@@ -145,7 +156,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--add", type=Path, metavar="RESULT", help="of the same prompts: its rounds count too")
     options = parser.parse_args()
+    earlier, parts = read(options.add, options.context, options.streams) if options.add else ({}, [])
     with contextlib.ExitStack() as stack:
         servers = {
             name: stack.enter_context(server_process(options.model, *FLAGS, "--attention-every", every))
@@ -153,13 +166,16 @@ def main() -> None:
         }
         load = os.getloadavg()[0]
         found = asyncio.run(measure(servers, options.context, options.streams, options.seconds))
+    part = {"commit": environment()["commit"], "rounds": len(found[PLAIN]), "load_before": load}
+    found = {name: [*earlier.get(name, ()), *samples] for name, samples in found.items()}
     result: dict[str, Any] = {
         "read_bandwidth_gb_s": read_bandwidth() / 1e9,
         "context": options.context,
         "streams": options.streams,
         "rounds": len(found[PLAIN]),
-        "load_before": load,
+        "parts": [*parts, part],
         **summarize(found, options.streams),
+        "samples": {name: [astuple(sample) for sample in samples] for name, samples in found.items()},
     }
     save(f"observe_cost-{options.context}x{options.streams}", result, options.out)
 

@@ -40,11 +40,22 @@ def summarize(records: Sequence[Record], objectives: Objectives, server: Series 
         "output_tokens_per_second": sum(record.output_tokens for record in records) / seconds if seconds else 0.0,
         "send_lag": describe([record.sent - record.scheduled for record in records]) if records else {},
         "latency": {measure: {ctx: describe(each) for ctx, each in by.items()} for measure, by in samples.items()},
+        "first_token_over_forecast": _forecasts(records),
         "goodput": _goodput(records, objectives, seconds),
         "errors": _errors(records),
         "agreement": [] if server is None else agreement(samples, server),
         "server": None if server is None else _server(server),
     }
+
+
+def _forecasts(records: Sequence[Record]) -> dict[str, Any]:
+    """The server's time to first token over what it had foretold at receipt, by the prompt's length."""
+    ratios = defaultdict(list)
+    for record in records:
+        if record.is_clean and record.server and record.server.predicted_time_to_first_token:
+            ratio = record.server.time_to_first_token / record.server.predicted_time_to_first_token
+            ratios[ctx_of(record.prompt_tokens)].append(ratio)
+    return {ctx: describe(ratios[ctx]) for ctx in CTX if ctx in ratios}
 
 
 def _goodput(records: Sequence[Record], objectives: Objectives, seconds: float) -> dict[str, Any]:

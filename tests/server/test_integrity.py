@@ -71,6 +71,14 @@ def test_damage_is_one_event_of_its_kind(watch: Watch, row: AttentionSummary, ki
     assert watch.events(row) == {kind}
 
 
+def test_a_sink_is_lost_where_all_layers_lose_it_not_where_a_third_looks_elsewhere(watch: Watch) -> None:
+    usual, half, none = (make_row(CONTEXT, sink=sink).groups[0] for sink in (0.4, 0.1, 0.07))
+    row = make_row(CONTEXT)
+    assert watch.events(replace(row, groups=(none, usual, usual))) == set()  # 8.7 deviations
+    assert watch.events(replace(row, groups=(half, half, half))) == {"sink_lost"}  # 6.9 each
+    assert watch.events(replace(row, groups=(usual, none, none))) == {"sink_lost"}
+
+
 def test_what_does_not_add_up_is_out_of_range(watch: Watch) -> None:
     row = make_row(CONTEXT)
     assert row.pages is not None

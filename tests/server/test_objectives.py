@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
 
 import grpc
 import pytest
 
+from pagestream.model.checkpoint import open_checkpoint
+from pagestream.model.loader import LoadedModel, load_model
+from pagestream.model.step import StepPlan, StepResult
+from pagestream.server import admission
 from pagestream.server.events import Timings, nearest_rank
+from pagestream.server.metric_families import CTX, Outcome, ctx_of
 from pagestream.server.metrics import Metrics
 from pagestream.server.objectives import Objectives
 from pagestream.server.request import FinishReason
 from pagestream.v1 import generation_pb2 as pb
+from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
 from tests.server.test_metrics import make_request
+from tests.support.fakes import EchoRunner
 from tests.support.service import Service, stop
-from tests.support.waiting import WAIT
+from tests.support.waiting import WAIT, wait_until
 
 OBJECTIVES = Objectives(first_token=1.0, gap=0.1, end=10.0)
 
@@ -62,26 +75,90 @@ def test_requests_are_counted_by_their_prompt() -> None:
     }
 
 
-def test_every_first_token_is_counted_once_in_a_pool_that_is_always_full(make_service: Callable[..., Service]) -> None:
-    """500 requests at once, which preempt each other; some end before their first token."""
-    service = make_service(num_blocks=24, max_running=16, token_budget=64)
-    calls = []
-    for number in range(500):
-        timeout = {"nanos": 1_000_000} if number % 10 == 0 else None
-        request = pb.GenerateRequest(text=f"{number} " * 10, stop=stop(60 + number % 40), queue_timeout=timeout)
-        calls.append(service.client.generation.Generate.future(request, timeout=WAIT))
-    codes = [call.code() for call in calls]
-    answered = codes.count(grpc.StatusCode.OK)
-    assert answered >= 400
-    assert answered + codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 500
+class RealRunner(EchoRunner):
+    def __init__(self, model: LoadedModel) -> None:
+        super().__init__()
+        self._runner = model.runner
+
+    def step(self, plan: StepPlan) -> StepResult:
+        return self._runner.step(plan)
+
+
+@dataclass
+class Seen:
+    """What a client knows of its stream."""
+
+    prompt: int
+    first: float | None = None  # seconds from sending to the first token
+    tokens: int = 0
+    preemptions: int = 0
+
+
+async def watch(stub: GenerationServiceStub, number: int) -> Seen:
+    seen = Seen(270 if number % 10 == 5 else 10 + number % 30)
+    request = pb.GenerateStreamRequest(
+        token_ids=pb.TokenIds(ids=[(number + 7 * place) % 250 for place in range(seen.prompt)]),
+        stop=stop(20 + number % 30, ignore_eos=True),
+        output=pb.OutputConfig(token_ids=True),
+        queue_timeout={"nanos": 1_000_000} if number % 10 == 0 else None,
+    )
+    sent = time.monotonic()
+    try:
+        async for event in stub.GenerateStream(request, timeout=WAIT):
+            seen.tokens += len(event.delta.token_ids)
+            if seen.tokens and seen.first is None:
+                seen.first = time.monotonic() - sent
+            seen.preemptions = event.finished.usage.preemptions
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or seen.tokens:
+            raise
+    return seen
+
+
+def test_histograms_count_what_500_clients_saw_while_hundreds_lose_their_places(
+    make_service: Callable[..., Service], tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, to a real model with a pool for few; answers begin without room, so they take it from each other.
+    One in ten leaves the queue at once."""
+    monkeypatch.setattr(admission, "GROWTH", 0)
+    monkeypatch.setattr(admission, "MAX_RECOMPUTED", 1.0)
+    checkpoint = open_checkpoint(tiny_model_path)
+    model = load_model(
+        checkpoint,
+        dtype="fp32",
+        kv_dtype="auto",
+        device="cpu",
+        page_size=16,
+        max_context=512,
+        token_budget=64,
+        kv_memory=4 << 20,
+    )
+    service = make_service(
+        tokenizer=checkpoint.load_tokenizer(), runner=RealRunner(model), num_blocks=32, max_running=16
+    )
+
+    async def all_of_them() -> list[Seen]:
+        async with grpc.aio.insecure_channel(service.address) as channel:
+            stub = GenerationServiceStub(channel)
+            return await asyncio.gather(*(watch(stub, number) for number in range(500)))
+
+    seen = asyncio.run(all_of_them())
+    answered = [each for each in seen if each.first is not None]
+    assert len(answered) >= 400
+    wait_until(service.is_idle, "all is counted")
     reading = service.metrics.read()
-    assert reading.values["preemptions_total"]["out_of_blocks",] > 0
+    preemptions = reading.values["preemptions_total"]["out_of_blocks",]
+    assert preemptions == sum(each.preemptions for each in answered) > 100
+    by_ctx = Counter(ctx_of(each.prompt) for each in answered)
     for family in ("time_to_first_token_seconds", "queue_time_seconds", "prefill_time_seconds"):
-        assert reading.histograms[family].counts[:, -1].sum() == answered, family
+        assert reading.histograms[family].counts[:, -1].tolist() == [by_ctx[ctx] for ctx in CTX], family
+    firsts = reading.histograms["time_to_first_token_seconds"].sums
+    for row, ctx in enumerate(CTX):
+        assert firsts[row] <= sum(each.first or 0.0 for each in answered if ctx_of(each.prompt) == ctx)
+    gaps = reading.histograms["inter_token_latency_seconds"].counts[:, -1]
+    assert gaps.sum() == sum(each.tokens for each in answered) - len(answered)
+    ended = dict(zip(get_args(Outcome), reading.histograms["request_duration_seconds"].counts[:, -1], strict=True))
+    assert {outcome: n for outcome, n in ended.items() if n} == {"ok": len(answered), "rejected": 500 - len(answered)}
     met = reading.values["slo_requests_total"]
-    assert sum(n for (_, objective, _), n in met.items() if objective == "ttft") == 500 - _refused(service)
-
-
-def _refused(service: Service) -> float:
-    """Before they were taken on."""
-    return service.metrics.read().values["requests_rejected_total"]["queue_full",]
+    judged = sum(n for (_, objective, _), n in met.items() if objective == "ttft")
+    assert judged == 500 - reading.values["requests_rejected_total"]["queue_full",]
