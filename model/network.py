@@ -41,7 +41,6 @@ class Network:
         """
         return self._decoder is not None
 
-    @torch.inference_mode()
     def outputs(self, batch: Batch, cache: KVCache, observation: Observation | None = None) -> Outputs:
         """Writes the keys and values of every row into its slot; returns what sampled_rows say. `observation` receives
         what it asks of attention, and changes no bit of anything else.
@@ -63,6 +62,11 @@ class Network:
                 scales=cache.scales,
                 observation=observation,
             )
+        return self._run(batch, cache, observation)
+
+    @torch.inference_mode()  # not around the decoder, for which it would mean nothing and take 30 us
+    def _run(self, batch: Batch, cache: KVCache, observation: Observation | None) -> Outputs:
+        """The same as PyTorch operations and attention's own."""
         hidden = self._weights.embedding.lookup(batch.token_ids)  # [T, E]
         cos, sin = self._rope(batch.positions)
         lengths = (batch.block_tables, batch.query_starts, batch.context_lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from pagestream.model.attention import build_observation, summarize
-from pagestream.model.batch import build_batch
+from pagestream.model.batch import Batch, build_batch
 from pagestream.model.config import ModelConfig
 from pagestream.model.kv_cache import KVCache
 from pagestream.model.network import Network
@@ -24,6 +24,7 @@ class Runner:
         self._network = Network(config, weights, deterministic=deterministic)
         self._cache = cache
         self._device = weights.norm.device
+        self._batch: Batch | None = None  # the last, whose tensors the next may have
 
     @property
     def is_row_invariant(self) -> bool:
@@ -33,7 +34,7 @@ class Runner:
     def step(self, plan: StepPlan) -> StepResult:
         """Raises NonFiniteLogitsError, naming the request, where the network returns no usable distribution."""
         self._copy_pages(plan)
-        batch = build_batch(plan, self._cache.page_size, self._device)
+        batch = self._batch = build_batch(plan, self._cache.page_size, self._device, self._batch)
         observation = build_observation(plan, self._config, batch.block_tables.shape[1])
         outputs = self._network.outputs(batch, self._cache, observation)
         tokens = iter(sample(outputs, plan.chunks))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagestream.model.batch import build_batch
+from pagestream.model.batch import Batch, build_batch
 from pagestream.model.step import Chunk, SamplingParams, StepPlan
 
 CPU = torch.device("cpu")
@@ -53,6 +55,36 @@ def test_rows_are_the_chunks_end_to_end(drawn: tuple[StepPlan, int]) -> None:
     for row, chunk in zip(batch.block_tables.tolist(), plan.chunks, strict=True):
         needed = -(-chunk.end // page_size)
         assert row[:needed] == list(chunk.block_ids[:needed])
+
+
+@given(plans().filter(lambda drawn: drawn[0].chunks), st.data())
+@settings(deadline=None)
+def test_a_batch_that_is_filled_again_is_as_good_as_a_new_one(drawn: tuple[StepPlan, int], data: st.DataObject) -> None:
+    """Other numbers of the same shape, also behind a batch of another shape."""
+    plan, page_size = drawn
+    shuffled = tuple(
+        replace(
+            chunk,
+            tokens=data.draw(st.permutations(chunk.tokens)),
+            block_ids=data.draw(st.permutations(chunk.block_ids)),
+            output_stats=data.draw(st.booleans()),
+        )
+        for chunk in plan.chunks
+    )
+    batch = None
+    for step in (plan.chunks[:1], plan.chunks, shuffled, plan.chunks, plan.chunks):
+        batch = build_batch(StepPlan(step), page_size, CPU, batch)
+        assert_same(batch, build_batch(StepPlan(step), page_size, CPU))
+    assert build_batch(plan, page_size, CPU, batch) is batch
+
+
+def assert_same(batch: Batch, other: Batch) -> None:
+    for name in ("token_ids", "positions", "slots", "query_starts", "context_lengths", "block_tables", "sampled_rows"):
+        assert torch.equal(getattr(batch, name), getattr(other, name)), name
+    assert batch.prefill_rows == other.prefill_rows
+    mine, theirs = batch.with_statistics, other.with_statistics
+    assert (mine is None) == (theirs is None)
+    assert mine is None or theirs is None or torch.equal(mine, theirs)
 
 
 def test_types_are_those_of_the_kernels() -> None:
