@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime as dt
+import gc
 import json
 import os
 import random
@@ -87,6 +88,7 @@ async def compare(targets: list[Target], options: argparse.Namespace) -> Compari
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     warm_up = prompts(f"{options.seed} warm-up")
+    gc.freeze()  # a collection that looks through all that torch's import left stops the clients for 0.1 s
     with tempfile.TemporaryDirectory(prefix="pagestream-compare-") as logs:
         fleet = Fleet(Path(logs), lambda: warm_up(32))
         comparison = Comparison(targets, fleet, options.seed)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import random
 import statistics
 import time
@@ -111,6 +112,7 @@ def no_hits(pairs: int) -> dict[str, Any]:
         kv_memory=POOL_BYTES,
         cache_dir=default_cache_dir(),
     )
+    gc.freeze()  # as a server does before it is ready
     pages = loaded.plan.num_pages
     pools = {name: BlockPool(pages, PAGE_SIZE, prefix_cache=name == "with") for name in ("with", "without")}
     schedulers = {
