@@ -56,10 +56,7 @@ def serve(config: ServerConfig) -> int:
 
 async def _serve(config: ServerConfig) -> int:
     loop = asyncio.get_running_loop()
-    stop, stop_now = asyncio.Event(), asyncio.Event()
-    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # which is what nohup sees to
-    for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hangs_up else [])):
-        loop.add_signal_handler(number, lambda: stop_now.set() if stop.is_set() else stop.set())
+    stop, stop_now = _on_signals(loop)
     objectives = Objectives(config.slo_ttft_ms / 1000, config.slo_itl_ms / 1000, config.slo_e2e_s)
     metrics, slot, streams = Metrics(objectives=objectives), ModelSlot(), Streams(loop)
     tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
@@ -104,6 +101,15 @@ async def _serve(config: ServerConfig) -> int:
             await asyncio.to_thread(tracer.close)
     log.info("stopped")
     return 0
+
+
+def _on_signals(loop: asyncio.AbstractEventLoop) -> tuple[asyncio.Event, asyncio.Event]:
+    """What the first signal sets, and what the second one does."""
+    first, second = asyncio.Event(), asyncio.Event()
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # nohup asks for that
+    for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hangs_up else [])):
+        loop.add_signal_handler(number, lambda: second.set() if first.is_set() else first.set())
+    return first, second
 
 
 def _locks(config: ServerConfig) -> tuple[TlsFiles | None, KeyFile | None]:
