@@ -6,8 +6,8 @@
 
 namespace {
 
-constexpr int kFour = 4;               // rows that share a product: their parts are columns of one tile
-constexpr int kFewAhead = 2 * kTile;  // keys and values are fetched so much ahead
+constexpr int kFour = 4;              // rows that share a product: their parts are columns of one tile
+constexpr int kFewAhead = 3 * kTile;  // keys and values are fetched so much ahead
 
 // The sums of four keys, [key][part, row] of 16, as a vector [key, row].
 inline Float add_query_parts(const int32_t* sums) {
@@ -70,8 +70,8 @@ struct FourWeights {
   int rows;
 };
 
-// Tiles kUpper and kUpper + 1 += spread weights x 16 values as they lie. Columns are four neighbours, of which row 4 r + i
-// of the product takes the i-th.
+// Tiles kUpper and kUpper + 1 += spread weights x 16 values as they lie. Columns are four neighbours: row 4 r + i
+// of the product takes the i-th of them.
 template <int kUpper>
 inline void add_sixteen(const uint8_t* spread, const int8_t* values, int64_t size) {
   load_tile<6>(values, size);

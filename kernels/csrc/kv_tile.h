@@ -94,11 +94,14 @@ void load_values(const PagedRows<T>& rows, int begin, int end, float* values, in
   }
 }
 
-// The scales of a tile's int8 keys or values, one a row; from `end` on they are 0. Fetches the next tile's, up to `last`.
+constexpr int kScalesAhead = 4 * kTile;  // their lines are few, and all work waits for one
+
+// The scales of a tile's int8 keys or values, one a row; from `end` on they are 0. Fetches those of a later tile, up to
+// `last`.
 inline void load_scales(const PagedRows<float>& scales, int begin, int end, int last, float* to) {
   for (int j = 0; j < kTile; j += kLanes) {
     const int valid = end - begin - j;
-    prefetch_row(scales, begin + kTile + j, last);
+    prefetch_row(scales, begin + kScalesAhead + j, last);
     const float* group = valid > 0 ? scales.at(begin + j) : nullptr;
     if (valid >= kLanes) store(to + j, load(group));
     else
