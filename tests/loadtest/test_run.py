@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def test_server_and_client_agree_under_a_bimodal_load(server: ServerProcess, tmp
             assert engine <= row["server"] <= row["client"], row
     assert 0 < min(ways) < 0.05  # more only where something else runs
     assert min(map(abs, paces)) < 0.005
+    foretold = Counter(ctx_of(r.prompt_tokens) for r in records if r.server and r.server.predicted_time_to_first_token)
+    assert {ctx: each["count"] for ctx, each in summary["first_token_over_forecast"].items()} == foretold
+    assert foretold["256"] > 0
     assert summary["server"]["pagestream_output_tokens_total"] == 12 * len(records)
     drawn = CliRunner().invoke(app, ["plot", str(tmp_path / "run")])
     assert drawn.exit_code == 0, drawn.output
