@@ -5,8 +5,8 @@
 2. Eight prompts of 64 and eight of 2,048 tokens at once: times to first token.
 
 Method: the server in its own process, all clients in one event loop, times as a client sees them. Prompts are random
-token ids. On a virtual machine the hypervisor may stop a processor for 100 ms, and with it the step that runs there:
-`gap_beside_ms` has all gaps, `gap_beside_unstolen_ms` those in which it took nothing. The last line is a JSON document.
+token ids. `gap_beside_ms` has all gaps, `gap_beside_undisturbed_ms` those in which nobody else took processor time:
+other processes, the kernel's own, or a hypervisor, which stops a processor for 0.1 s. The last line is a JSON document.
 """
 
 from __future__ import annotations
@@ -29,33 +29,34 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from record import read_bandwidth, save, seconds_of_others, stolen_seconds
+from record import read_bandwidth, save, seconds_of_others
 
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1.generation_pb2_grpc import GenerationServiceStub
 
 VOCABULARY = 49_000  # a little less than the default model's
+DISTURBED = 0.02  # seconds of other processes' time in a gap, which is known to a hundredth
 
 
 @dataclass
 class Call:
-    """Moments at which tokens came, in seconds, and what the hypervisor had taken by then."""
+    """Moments at which tokens came, in seconds, and the processor time that others had had by then."""
 
     begun: float
     tokens: list[float] = field(default_factory=list)
-    stolen: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
 
     @property
     def time_to_first_token(self) -> float:
         return self.tokens[0] - self.begun
 
-    def gaps(self, begin: float = 0.0, end: float = float("inf"), *, unstolen: bool = False) -> list[float]:
-        """Between tokens of which the later came in this interval; with `unstolen`, if nothing was taken meanwhile."""
-        pairs = pairwise(zip(self.tokens, self.stolen, strict=True))
+    def gaps(self, begin: float = 0.0, end: float = float("inf"), most_taken: float = float("inf")) -> list[float]:
+        """Between tokens of which the later came in this interval, and during which others took no more than that."""
+        pairs = pairwise(zip(self.tokens, self.others, strict=True))
         return [
             later - earlier
             for (earlier, before), (later, after) in pairs
-            if begin <= later <= end and not (unstolen and after > before)
+            if begin <= later <= end and after - before <= most_taken
         ]
 
 
@@ -96,7 +97,7 @@ async def stream(stub: GenerationServiceStub, prompt_tokens: int, new_tokens: in
     call.begun = time.perf_counter()
     async for event in stub.GenerateStream(request):
         call.tokens.extend([time.perf_counter()] * len(event.delta.token_ids))
-        call.stolen.extend([stolen_seconds()] * len(event.delta.token_ids))
+        call.others.extend([seconds_of_others()] * len(event.delta.token_ids))
     return call
 
 
@@ -129,7 +130,7 @@ async def one_stream_and_a_long_prompt(address: str, long_tokens: int) -> dict[s
         "processors_taken_by_others": max(share, 0.0),  # of the whole machine; above 0.02, try again
         "gap_alone_ms": _milliseconds(victim.gaps(end=long_begun)),
         "gap_beside_ms": _milliseconds(beside),
-        "gap_beside_unstolen_ms": _milliseconds(victim.gaps(long_begun, long.tokens[0], unstolen=True)),
+        "gap_beside_undisturbed_ms": _milliseconds(victim.gaps(long_begun, long.tokens[0], DISTURBED)),
         "long_ttft_s": {"alone": long_alone, "beside": long.time_to_first_token},
         "long_ttft_ratio": long.time_to_first_token / long_alone,
         "tokens_per_s": {"alone": long_tokens / long_alone, "beside": computed / long.time_to_first_token},

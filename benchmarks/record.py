@@ -70,12 +70,6 @@ def seconds_of_others() -> float:
     return (sum(busy) - idle - own) / os.sysconf("SC_CLK_TCK")
 
 
-def stolen_seconds() -> float:
-    """Processor time that the hypervisor gave to other machines since this one started, in steps of 10 ms."""
-    with Path("/proc/stat").open() as file:
-        return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
-
-
 def save(name: str, result: dict[str, Any], folder: Path) -> Path:
     """Writes one result and prints it as the last line of the output."""
     document = {"benchmark": name, **environment(), **result}

@@ -9,6 +9,9 @@ from pagestream.server.cost_model import CostModel, Work, decodes_at
 from pagestream.server.request import Request
 
 MIN_PROMPT_TOKENS = 8  # beside decodes, whatever the target: a prompt must get on too
+_AIM = 0.95  # of the target: steps vary, and it is a bound for nearly all of them
+_TILE = 16  # rows that kernels compute together: one more than full tiles costs as much as several
+_WHOLE_TILES = 48  # tokens from which on a chunk is of full tiles; below, it would lose too many
 
 
 class Pace:
@@ -33,9 +36,9 @@ class Pace:
         left = self.seconds_for_prompts(decodes)
         if not self.model.knows("prefill") or linear <= 0:
             return MIN_PROMPT_TOKENS
-        tokens = 2 * left / (linear + math.sqrt(linear**2 + 4 * square * left))
-        return max(int(tokens), MIN_PROMPT_TOKENS)
+        tokens = int(2 * left / (linear + math.sqrt(linear**2 + 4 * square * left)))
+        return tokens - tokens % _TILE if tokens >= _WHOLE_TILES else max(tokens, MIN_PROMPT_TOKENS)
 
     def seconds_for_prompts(self, decodes: Work) -> float:
         """Of a step, beside these decodes; a third of the time where the target is out of reach."""
-        return max(self._target_gap - self.model.step_seconds(decodes), self.model.predict(decodes) / 2)
+        return max(_AIM * self._target_gap - self.model.step_seconds(decodes), self.model.predict(decodes) / 2)

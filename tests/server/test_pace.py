@@ -16,6 +16,8 @@ from pagestream.server.pace import MIN_PROMPT_TOKENS, Pace
 from pagestream.server.request import Request
 from tests.support.fakes import FakeClock, Rig
 
+TILE = 16  # tokens: longer chunks are multiples of it
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -74,7 +76,7 @@ def taught(pace: Pace, machine: Machine, steps: int = 300, noise: float = 0.0, s
 @pytest.mark.parametrize("start", [0, 1000, 8000])
 @pytest.mark.parametrize("contexts", [[50], [4000], [300] * 10])
 @pytest.mark.parametrize("target", [0.06, 0.2])
-def test_a_step_of_the_chosen_length_takes_as_long_as_the_target(
+def test_a_step_of_the_chosen_length_takes_a_little_less_than_the_target(
     target: float, contexts: list[int], start: int
 ) -> None:
     machine = Machine()
@@ -82,8 +84,10 @@ def test_a_step_of_the_chosen_length_takes_as_long_as_the_target(
     assert length is not None
     assert length > MIN_PROMPT_TOKENS or (target, start) >= (0.06, 1000)
     if length > MIN_PROMPT_TOKENS:
-        plan = StepPlan((*map(decode, contexts), prompt(start, length)))
-        assert machine.seconds(plan) == pytest.approx(target, rel=0.05)
+        rest = [decode(context) for context in contexts]
+        seconds, more = (machine.seconds(StepPlan((*rest, prompt(start, n)))) for n in (length, length + TILE))
+        assert 0.9 * target - (more - seconds) <= seconds <= target
+        assert length < 3 * TILE or length % TILE == 0
 
 
 def test_nobody_waits_so_nothing_is_limited() -> None:
@@ -137,8 +141,8 @@ def test_from_the_second_step_beside_a_stream_on_small_chunks_keep_to_the_target
         times.append(1.4 * machine.seconds(plan))
         pace.model.observe(work_of(plan.chunks), 8000, times[-1] * (3 if step == 10 else 1))
         start += length
-    assert times[0] > 1.3 * 0.06
-    assert max(times[1:]) < 1.05 * 0.06
+    assert times[0] > 1.2 * 0.06
+    assert max(times[1:]) < 0.06
     assert min(times[1:]) > 0.8 * 0.06
 
 
@@ -146,7 +150,7 @@ def test_noise_moves_it_little() -> None:
     exact = taught(Pace(0.06), Machine()).prompt_tokens(running([500], 1000))
     for seed in range(20):
         noisy = taught(Pace(0.06), Machine(), noise=0.2, seed=seed).prompt_tokens(running([500], 1000))
-        assert noisy == pytest.approx(exact, rel=0.3)
+        assert noisy == pytest.approx(exact, rel=0.4)
 
 
 def test_a_stream_keeps_its_gaps_a_short_prompt_is_soon_and_a_long_one_gets_on(
