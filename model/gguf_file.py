@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from array import array
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,18 +46,17 @@ class _Reader(GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         item_type, length = GGUFValueType(self._get(orig_offs, np.uint32)[0]), self._get(orig_offs + 4, np.uint64)[0]
         begin = orig_offs + 12
-        types = [GGUFValueType.ARRAY, item_type]
         if item_type == GGUFValueType.STRING:
-            strings, end = self._strings(begin, int(length))
-            return end - orig_offs, strings, list(range(len(strings))), types
+            strings = self._strings(begin, int(length))
+            return strings.end - orig_offs, [strings], [0], [GGUFValueType.ARRAY]  # contents() is then their tolist()
         if item_type in self.gguf_scalar_to_np:
             values = self._get(begin, self.gguf_scalar_to_np[item_type], length)
-            return begin - orig_offs + values.nbytes, [values], [0], types
+            return begin - orig_offs + values.nbytes, [values], [0], [GGUFValueType.ARRAY, item_type]
         return super()._get_field_parts(orig_offs, raw_type)
 
-    def _strings(self, end: int, length: int) -> tuple[list[memoryview], int]:
-        """`length` strings from `end` on, as slices of the file, and where they end."""
-        data, strings = memoryview(self.data), []
+    def _strings(self, end: int, length: int) -> _Strings:
+        """`length` strings from `end` on."""
+        data, begin, ends = memoryview(self.data), end, array("Q")
         swapped = self.byte_order == "S"
         order: Literal["little", "big"] = "little" if (sys.byteorder == "big") == swapped else "big"
         for _ in range(length):
@@ -63,5 +64,22 @@ class _Reader(GGUFReader):
             end = start + int.from_bytes(data[start - 8 : start], order)
             if end > len(data):
                 raise ValueError("it ends too early")
-            strings.append(data[start:end])
-        return strings, end
+            ends.append(end)
+        return _Strings(data, begin, ends)
+
+
+class _Strings:
+    """Strings of the file behind each other, each after its length. They become objects when they are asked for: those
+    of a vocabulary would take 20 MB for as long as the file is open.
+    """
+
+    def __init__(self, data: memoryview, begin: int, ends: array[int]) -> None:
+        self._data, self._begin, self._ends = data, begin, ends
+
+    @property
+    def end(self) -> int:
+        return self._ends[-1] if self._ends else self._begin
+
+    def tolist(self) -> list[str]:
+        starts = (before + 8 for before in chain((self._begin,), self._ends))
+        return [str(self._data[start:end], "utf-8") for start, end in zip(starts, self._ends, strict=False)]

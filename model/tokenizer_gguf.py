@@ -77,15 +77,8 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> Tokenizer:
             f"{Keys.Tokenizer.PRE} = {name!r} is not supported: {', '.join(_WORD_RULES)} are; the model's Hugging Face "
             "folder carries the full rules in its tokenizer.json"
         )
-    rules = _WORD_RULES[name]
-    tokens, types = fields[Keys.Tokenizer.LIST], fields[Keys.Tokenizer.TOKEN_TYPE]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.get(Keys.Tokenizer.MERGES, [])]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    try:
-        bpe = models.BPE(vocabulary, merges, ignore_merges=rules.ignore_merges)
-    except Exception as error:  # the library has no narrower class
-        raise ModelError(f"the GGUF file's vocabulary does not fit its merges: {error}") from error
-    backend = tokenizers.Tokenizer(bpe)
+    rules, tokens = _WORD_RULES[name], fields[Keys.Tokenizer.LIST]
+    backend = tokenizers.Tokenizer(_merging_model(fields, rules))
     if rules.compose:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _pre_tokenizer(rules)
@@ -94,7 +87,7 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> Tokenizer:
     backend.add_tokens(
         [
             AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
+            for token, kind in zip(tokens, fields[Keys.Tokenizer.TOKEN_TYPE], strict=True)
             if kind in written_whole
         ]
     )
@@ -105,6 +98,15 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> Tokenizer:
         tokens[eos] if eos is not None and fields.get(Keys.Tokenizer.ADD_EOS, False) else None,
     )
     return FastTokenizer(backend, bos_token_id=bos, eos_token_ids=_end_tokens(fields), chat_template=_template(fields))
+
+
+def _merging_model(fields: Mapping[str, Any], rules: _WordRules) -> models.BPE:
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get(Keys.Tokenizer.MERGES, [])]
+    vocabulary = {token: index for index, token in enumerate(fields[Keys.Tokenizer.LIST])}
+    try:
+        return models.BPE(vocabulary, merges, ignore_merges=rules.ignore_merges)
+    except Exception as error:  # the library has no narrower class
+        raise ModelError(f"the GGUF file's vocabulary does not fit its merges: {error}") from error
 
 
 def _pre_tokenizer(rules: _WordRules) -> pre_tokenizers.PreTokenizer:
