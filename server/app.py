@@ -28,6 +28,7 @@ from pagestream.server.listener import Listener, address_of
 from pagestream.server.logs import log_call, set_up_logging
 from pagestream.server.metrics import Metrics
 from pagestream.server.objectives import Objectives
+from pagestream.server.resident import release_code
 from pagestream.server.served import ModelSlot, ServedModel
 from pagestream.server.snapshot import ServerState
 from pagestream.server.streams import Streams
@@ -151,6 +152,7 @@ def _is_loopback(host: str) -> bool:
 async def _become_ready(model: ServedModel, slot: ModelSlot, listener: Listener, metrics: Metrics) -> None:
     gc.freeze()  # what is there stays: collections need not look through it
     gc.enable()
+    release_code()
     slot.fill(model)
     await listener.set_serving(serving=True)
     metrics.state = ServerState.READY

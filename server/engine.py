@@ -157,8 +157,7 @@ class Engine:
         """Not at all while there is work; while all that live are paused, until one has run out of time."""
         if self._scheduler.has_work:
             return 0.0
-        moment = self._backpressure.next_expiry
-        if moment is None:
+        if (moment := self._backpressure.next_expiry) is None:
             return None
         if self._deadlines:
             moment = min(moment, self._deadlines[0][0])
@@ -168,8 +167,7 @@ class Engine:
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heapq.heappop(self._deadlines)
-            job = self._jobs.get(request_id)
-            if job is None:  # it has ended
+            if (job := self._jobs.get(request_id)) is None:  # it has ended
                 continue
             if job.deadline == deadline:  # else the id is in use again
                 self._end_late(job, deadline)
@@ -192,10 +190,10 @@ class Engine:
     def _step(self) -> None:
         started = self.clock()
         plan = self._scheduler.plan(self._costs.prompt_limit())
-        for chunk in plan.chunks:
-            job = self._jobs[chunk.request_id]
+        for job in (self._jobs[chunk.request_id] for chunk in plan.chunks):
             if job.first_scheduled is None:
                 job.first_scheduled = started
+        self._tell()  # not before: the event loop would wake up only to wait for the interpreter until the network runs
         if not plan.chunks:
             return
         result = self._execution.run(self._observer.ask(plan, self._jobs))
@@ -221,8 +219,7 @@ class Engine:
             request = advance.request
             job = self._jobs[request.request_id]
             if not advance.sampled:
-                progress = job.progress(now)
-                if progress is not None:
+                if (progress := job.progress(now)) is not None:
                     self._publication.append((job, progress))
                 continue
             if request.given:
@@ -264,14 +261,18 @@ class Engine:
         if not job.internal:
             self._metrics.observe_finished(reason, job.request, job.timings(), self.clock() - job.received)
 
+    def _tell(self) -> None:
+        """Tells clients what has happened to them."""
+        if self._publication:
+            self._publish(self._publication)
+            self._publication = []
+
     def _report(self) -> None:
-        """Tells clients, the queue and the metrics how things stand after a step."""
-        publication, self._publication = self._publication, []
-        if publication:
-            self._publish(publication)
-        scheduler = self._scheduler
-        self.inbox.settle(scheduler.waiting.tenants, *self._costs.backlog())
-        report(self._metrics, scheduler, self._pool, self._jobs, self._execution.fruitless_steps)
+        """Tells the queue and the metrics how things stand, and clients unless the next step is about to."""
+        if not self._scheduler.has_work:
+            self._tell()
+        self.inbox.settle(self._scheduler.waiting.tenants, *self._costs.backlog())
+        report(self._metrics, self._scheduler, self._pool, self._jobs, self._execution.fruitless_steps)
 
     def _shut_down(self, told: float) -> None:
         """Ends what is left."""
@@ -285,10 +286,9 @@ class Engine:
         fault = "the engine has stopped after an internal fault"
         for job in self._refuse_and_collect(EngineFaultError(fault)):
             self._publication.append((job, job.failed(EngineFaultError(fault))))
-            elapsed = self.clock() - job.received
-            self._metrics.observe_finished(FinishReason.ERROR, job.request, job.timings(), elapsed)
+            self._metrics.observe_finished(FinishReason.ERROR, job.request, job.timings(), self.clock() - job.received)
         self._jobs.clear()
-        self._publish(self._publication)
+        self._tell()
 
     def _refuse_and_collect(self, refusal: RequestError) -> list[Job]:
         """All that have not ended, late arrivals too; none comes after them."""

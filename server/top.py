@@ -72,7 +72,7 @@ class LivePage:
     """A server's /live.json. Raises OSError for files of credentials that cannot be used."""
 
     def __init__(self, url: str, credentials: Credentials) -> None:
-        self._url = f"{url.rstrip('/')}/live.json"
+        self._url = f"{(url if '://' in url else f'http://{url}').rstrip('/')}/live.json"
         context = ssl.create_default_context(cafile=credentials.ca)
         if credentials.cert:
             context.load_cert_chain(credentials.cert, credentials.key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +118,21 @@ def test_a_store_that_leaves_a_row_out_is_caught(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(selftest, "append_kv", store)
     assert "T1" in {check.test for check in selftest.run(setting()) if not check.passed}
+
+
+def test_the_check_takes_little_memory() -> None:
+    """In a process of its own: what malloc has had once, no later peak shows."""
+    script = """
+import re, torch
+from pagestream.kernels import build, selftest
+build.load()
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+selftest.run(selftest.Setting(torch.device("cpu"), torch.float32, torch.int8, 3, 64, 32))
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 24 * 1024  # kB; a third of it libraries' code. All of the keys in float64 took 60 MB
 
 
 def failed_with(

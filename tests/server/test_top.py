@@ -77,7 +77,10 @@ def http(make_metrics: Callable[..., Metrics], tmp_path: Path) -> Iterator[Calla
 def test_a_locked_server_is_watched_with_the_token_of_a_key(http: Callable[[str], str]) -> None:
     run, url = CliRunner().invoke, http("watcher")
     assert "running" in run(app, ["top", url, "--once", "--token", "watcher"]).output
-    assert "running" in run(app, ["top", url, "--once"], env={"PAGESTREAM_TOKEN": "watcher"}).output
+    assert (
+        "running"
+        in run(app, ["top", url.removeprefix("http://"), "--once"], env={"PAGESTREAM_TOKEN": "watcher"}).output
+    )
     for options in ([], ["--token", "client"]):
         refused = run(app, ["top", url, "--once", *options])
         assert refused.exit_code == 4

@@ -83,6 +83,8 @@ class Storm:
         try:
             return self._do(kind, client, chance)
         except grpc.RpcError as error:
+            if kind == "deadline" and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return "DEADLINE_EXCEEDED"  # perhaps in the client's own words, with the server's details
             refusal = refusal_of(error)
             return refusal.reason if refusal.reason not in (None, "DEADLINE") else refusal.code.name
 
