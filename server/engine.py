@@ -1,7 +1,7 @@
 """The engine: one thread that turns requests into tokens, a step at a time.
 
-A step is: apply what arrived, plan, run, commit, publish. Nothing else touches the scheduler or the runner, so cancels
-and deadlines take effect between steps and free their blocks at once. The engine never waits for a client.
+A step is: apply what arrived, plan, publish the last step, run, commit. Nothing else touches the scheduler or the
+runner, so cancels and deadlines take effect between steps and free their blocks at once. It never waits for a client.
 """
 
 from __future__ import annotations
