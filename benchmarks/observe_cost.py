@@ -1,4 +1,4 @@
-"""What looking at attention costs a served stream, to a fraction of a percent on a machine with other work.
+"""What looking at attention costs a served stream.
 
 Method: three servers of the default model side by side, that never look (`--attention-every 0`), that look as often as
 by default (every 64th step), and at every step. Answers of 64 tokens after a prompt that the prefix cache has: the time
@@ -7,9 +7,11 @@ variant once, in random order: the three servers, and the one that never looks f
 statistics (timing; output; attention of every token; pages and four named spans of every 32nd), so that what disturbs a
 round disturbs all of its variants. A cost is the median over rounds of a variant's time over the plain one's, less 1,
 with a 95 % bootstrap interval over rounds. `plain again` is a variant like the plain one: its cost is 0, and shows what
-the method resolves. A look at every 64th step costs a 64th of one at every step, which is the sharper number. `spans`
-includes what `output` costs; `spans beside output` is what pages and spans add to it. The last line is one JSON
-document, with every sample: `--add RESULT` goes on from one, for a machine that is only free for minutes at a time.
+the method resolves. A look at every 64th step costs a 64th of one at every step, which is the sharper number. Two
+servers of one kind can differ by several percent for as long as they live, so what servers do by themselves needs
+several starts, and beside it stands a 64th of what attention costs a request: the same look, in the server that never
+looks by itself. `spans` includes what `output` costs; `spans beside output` is what pages and spans add to it. The last
+line is one JSON document, with every sample: `--add RESULT` goes on from one, with new servers.
 """
 
 from __future__ import annotations
@@ -135,7 +137,8 @@ def summarize(found: Rounds, streams: int) -> dict[str, Any]:
         values = {name: [getattr(each, clock) for each in samples] for name, samples in found.items()}
         costs = {name: cost(values[name], values[PLAIN]) for name in found if name != PLAIN}
         costs["spans beside output"] = cost(values["spans"], values["output"])
-        costs["64th of every step"] = {side: value / 64 for side, value in costs["every step"].items()}
+        for name in ("every step", "attention"):
+            costs[f"64th of {name}"] = {side: value / 64 for side, value in costs[name].items()}
         by_clock[clock] = {"plain_ms_per_token": statistics.median(values[PLAIN]) / tokens * 1e3, "cost": costs}
     return by_clock
 
