@@ -55,8 +55,7 @@ class TokenizerService(TokenizerServiceServicer):
         self, request: tokenizer_pb2.ApplyTemplateRequest, context: Context
     ) -> tokenizer_pb2.ApplyTemplateResponse:
         def apply(model: ServedModel) -> tokenizer_pb2.ApplyTemplateResponse:
-            if not request.chat.messages:
-                raise InvalidFieldError("chat.messages", "must not be empty")
+            validate.check_chat(request.chat)
             prompt = request.generation_prompt if request.HasField("generation_prompt") else True
             text = render_chat(request.chat, model, add_generation_prompt=prompt)
             validate.check_text("chat.messages", text, model.max_context)

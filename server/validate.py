@@ -97,7 +97,7 @@ def stop_rules(stop: pb.StopConfig, eos_token_ids: tuple[int, ...], vocab_size: 
         max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
         stop_strings=tuple(stop.stop_strings),
         stop_token_ids=frozenset(stop.stop_token_ids),
-        eos_token_ids=frozenset() if stop.ignore_eos else frozenset(eos_token_ids),
+        eos_token_ids=frozenset() if stop.ignore_eos else frozenset(t for t in eos_token_ids if t < vocab_size),
     )
 
 
@@ -116,11 +116,16 @@ def check_prompt(request: PromptMessage, vocab_size: int) -> None:
                 raise InvalidFieldError("token_ids.ids", "must not be empty")
             _check_tokens("token_ids.ids", request.token_ids.ids, vocab_size, len(request.token_ids.ids))
         case "chat":
-            if not request.chat.messages:
-                raise InvalidFieldError("chat.messages", "must not be empty")
-            for index, message in enumerate(request.chat.messages):
-                if not message.role:
-                    raise InvalidFieldError(f"chat.messages[{index}].role", "must not be empty")
+            check_chat(request.chat)
+
+
+def check_chat(chat: pb.Chat) -> None:
+    """Raises InvalidFieldError."""
+    if not chat.messages:
+        raise InvalidFieldError("chat.messages", "must not be empty")
+    for index, message in enumerate(chat.messages):
+        if not message.role:
+            raise InvalidFieldError(f"chat.messages[{index}].role", "must not be empty")
 
 
 def check_text(field: str, text: str, max_context: int) -> None:

@@ -32,6 +32,13 @@ def test_the_tokenizer_service_goes_there_and_back(service: Service) -> None:
     [
         ("Decode", tokenizer_pb2.DecodeRequest(token_ids=[258]), "INVALID_ARGUMENT", "INVALID_FIELD", "token_ids"),
         ("ApplyTemplate", tokenizer_pb2.ApplyTemplateRequest(), "INVALID_ARGUMENT", "INVALID_FIELD", "chat.messages"),
+        (
+            "ApplyTemplate",
+            tokenizer_pb2.ApplyTemplateRequest(chat={"messages": [{"content": "x"}]}),
+            "INVALID_ARGUMENT",
+            "INVALID_FIELD",
+            "chat.messages[0].role",
+        ),
         ("Encode", tokenizer_pb2.EncodeRequest(model="other"), "NOT_FOUND", "UNKNOWN_MODEL", None),
     ],
 )

@@ -123,6 +123,11 @@ def test_unset_means_the_defaults_of_the_proto() -> None:
     assert interval == 0.25
 
 
+def test_end_tokens_that_the_network_was_never_given_are_left_out() -> None:
+    """A tokenizer may hold more tokens than the embedding has rows; no logit of theirs could be suppressed."""
+    assert validate.stop_rules(pb.StopConfig(), (7, VOCAB), VOCAB).eos_token_ids == {7}
+
+
 def test_zero_is_not_unset() -> None:
     message = request(
         sampling={"temperature": 0, "seed": 0, "min_p": 0}, output={"logprobs": 0, "progress_interval": Duration()}
