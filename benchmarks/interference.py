@@ -2,7 +2,8 @@
 
 1. A stream decodes; an 8,000-token prompt arrives; in its middle a 32-token prompt. The gaps of the stream before and
    meanwhile, the time to first token of both prompts, each also alone, for several targets.
-2. Eight prompts of 64 and eight of 2,048 tokens at once: times to first token.
+2. Eight prompts of 64 and eight of 2,048 tokens at once: times to first token, and the total time beside that of the
+   same prompts read one after the other.
 
 Method: the server in its own process, all clients in one event loop, times as a client sees them. Prompts are random
 token ids. `gap_beside_ms` has all gaps, `gap_beside_undisturbed_ms` those in which nobody else took processor time:
@@ -138,17 +139,36 @@ async def one_stream_and_a_long_prompt(address: str, long_tokens: int) -> dict[s
     }
 
 
-async def short_and_long_at_once(address: str) -> dict[str, Any]:
+async def short_and_long(address: str) -> dict[str, Any]:
+    """Eight short and eight long prompts at once, in turn with the same in order of arrival."""
+    lengths, rounds = [64, 2048] * 8, 3
+    totals: dict[str, list[float]] = {"at_once": [], "in_order": []}
+    calls: list[tuple[int, Call]] = []
     async with connect(address) as stub:
-        lengths = [64, 2048] * 8
-        begun = time.perf_counter()
-        calls = await asyncio.gather(*(stream(stub, length, 16) for length in lengths))
-        total = time.perf_counter() - begun
-    result: dict[str, Any] = {"total_s": total}
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            calls += zip(lengths, await asyncio.gather(*(stream(stub, length, 64) for length in lengths)), strict=True)
+            totals["at_once"].append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+            await _one_prompt_after_the_other(stub, lengths)
+            totals["in_order"].append(time.perf_counter() - begun)
+    medians = {order: statistics.median(seconds) for order, seconds in totals.items()}
+    result = {"total_s": medians, "rounds": rounds, "at_once_over_in_order": medians["at_once"] / medians["in_order"]}
     for wanted in (64, 2048):
-        times = [call.time_to_first_token for call, length in zip(calls, lengths, strict=True) if length == wanted]
+        times = [call.time_to_first_token for length, call in calls if length == wanted]
         result[f"ttft_s_{wanted}"] = {"median": statistics.median(times), "max": max(times)}
     return result
+
+
+async def _one_prompt_after_the_other(stub: GenerationServiceStub, lengths: list[int]) -> None:
+    """As a server reads them that keeps to the order of arrival: the next is sent when the last has its first token."""
+    answers = []
+    for length in lengths:
+        call = Call(0.0)
+        answers.append(asyncio.create_task(stream(stub, length, 64, call)))
+        while not call.tokens:
+            await asyncio.sleep(0.001)
+    await asyncio.gather(*answers)
 
 
 def _milliseconds(gaps: list[float]) -> dict[str, float]:
@@ -177,7 +197,7 @@ def main() -> None:
             scene = asyncio.run(one_stream_and_a_long_prompt(address, options.long_tokens))
             print(target, scene, flush=True)  # noqa: T201 - it takes minutes
             if not options.only_long:
-                scene["sixteen_at_once"] = asyncio.run(short_and_long_at_once(address))
+                scene["sixteen_at_once"] = asyncio.run(short_and_long(address))
                 print(target, scene["sixteen_at_once"], flush=True)  # noqa: T201
             result["targets"][target] = scene
     targets = "-".join(f"{target:g}" for target in options.targets)
