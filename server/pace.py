@@ -9,7 +9,7 @@ from pagestream.server.cost_model import CostModel, Work, decodes_at
 from pagestream.server.request import Request
 
 MIN_PROMPT_TOKENS = 8  # beside decodes, whatever the target: a prompt must get on too
-_AIM = 0.95  # of the target: steps vary, and it is a bound for nearly all of them
+_AIM = 0.90  # of the target: steps vary, and it is a bound for nearly all of them
 _TILE = 16  # rows that kernels compute together: one more than full tiles costs as much as several
 _WHOLE_TILES = 48  # tokens from which on a chunk is of full tiles; below, it would lose too many
 
