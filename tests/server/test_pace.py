@@ -17,6 +17,7 @@ from pagestream.server.request import Request
 from tests.support.fakes import FakeClock, Rig
 
 TILE = 16  # tokens: longer chunks are multiples of it
+AIM = 0.9  # of the target
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def taught(pace: Pace, machine: Machine, steps: int = 300, noise: float = 0.0, s
 @pytest.mark.parametrize("start", [0, 1000, 8000])
 @pytest.mark.parametrize("contexts", [[50], [4000], [300] * 10])
 @pytest.mark.parametrize("target", [0.06, 0.2])
-def test_a_step_of_the_chosen_length_takes_a_little_less_than_the_target(
+def test_a_step_of_the_chosen_length_takes_as_long_as_it_aims_at(
     target: float, contexts: list[int], start: int
 ) -> None:
     machine = Machine()
@@ -86,7 +87,7 @@ def test_a_step_of_the_chosen_length_takes_a_little_less_than_the_target(
     if length > MIN_PROMPT_TOKENS:
         rest = [decode(context) for context in contexts]
         seconds, more = (machine.seconds(StepPlan((*rest, prompt(start, n)))) for n in (length, length + TILE))
-        assert 0.9 * target - (more - seconds) <= seconds <= target
+        assert AIM * target - (more - seconds) <= seconds <= 1.05 * AIM * target
         assert length < 3 * TILE or length % TILE == 0
 
 
@@ -119,15 +120,16 @@ def test_hours_of_decoding_wash_out_nothing_that_is_known_of_prompts() -> None:
 
 def test_it_learns_again_when_the_machine_changes() -> None:
     slow = Machine(0.03, 0.002, 2e-6, 0.003, 8e-7)
-    changed = taught(taught(Pace(0.1), Machine()), slow, steps=1500)
-    anew = taught(Pace(0.1), slow, steps=1500).prompt_tokens(running([500], 1000))
-    assert changed.prompt_tokens(running([500], 1000)) == pytest.approx(anew, abs=1)  # of 14: the fits differ by little
+    changed = taught(taught(Pace(0.1 / AIM), Machine()), slow, steps=1500)
+    assert changed.prompt_tokens(running([500], 1000)) == taught(Pace(0.1 / AIM), slow, steps=1500).prompt_tokens(
+        running([500], 1000)
+    )
 
 
 def test_from_the_second_step_beside_a_stream_on_small_chunks_keep_to_the_target() -> None:
     """Known are whole prompts and decodes alone; beside a stream, all costs 1.4 times as much. One step in their midst
     takes three times as long, for no reason of ours."""
-    pace, machine, start = Pace(0.06), Machine(), 0
+    pace, machine, start = Pace(0.06 / AIM), Machine(), 0
     for step in range(60):
         for chunk in (prompt(512 * (step % 16), 512), decode(1500 + step)):
             plan = StepPlan((chunk,))
@@ -140,16 +142,16 @@ def test_from_the_second_step_beside_a_stream_on_small_chunks_keep_to_the_target
         times.append(1.4 * machine.seconds(plan))
         pace.model.observe(work_of(plan.chunks), 8000, times[-1] * (3 if step == 10 else 1))
         start += length
-    assert times[0] > 1.2 * 0.06
-    assert max(times[1:]) < 0.06
+    assert times[0] > 1.3 * 0.06
+    assert max(times[1:]) < 1.05 * 0.06
     assert min(times[1:]) > 0.8 * 0.06
 
 
 def test_noise_moves_it_little() -> None:
-    exact = taught(Pace(0.06), Machine()).prompt_tokens(running([500], 1000))
+    exact = taught(Pace(0.06 / AIM), Machine()).prompt_tokens(running([500], 1000))
     for seed in range(20):
-        noisy = taught(Pace(0.06), Machine(), noise=0.2, seed=seed).prompt_tokens(running([500], 1000))
-        assert noisy == pytest.approx(exact, rel=0.4)
+        noisy = taught(Pace(0.06 / AIM), Machine(), noise=0.2, seed=seed).prompt_tokens(running([500], 1000))
+        assert noisy == pytest.approx(exact, rel=0.3)
 
 
 def test_a_stream_keeps_its_gaps_a_short_prompt_is_soon_and_a_long_one_gets_on(
