@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from pagestream.loadtest.degradation import tasks
 from pagestream.loadtest.degradation.control import NEGLIGIBLE, measure_control
 from pagestream.loadtest.degradation.dilution import measure_dilution
-from pagestream.loadtest.degradation.interference import VICTIMS, measure_interference
-from pagestream.loadtest.degradation.latency import NEW_TOKENS, lengths_up_to, measure_latency
-from pagestream.loadtest.degradation.quality import score_all, summarize_fillers, summarize_pairs, summarize_task
+from pagestream.loadtest.degradation.interference import InterferenceRounds
+from pagestream.loadtest.degradation.latency import NEW_TOKENS, LatencyRounds, lengths_up_to
+from pagestream.loadtest.degradation.quality import (
+    Outcome,
+    score_all,
+    summarize_fillers,
+    summarize_pairs,
+    summarize_task,
+)
 from pagestream.loadtest.degradation.server import NotReportedError, Server
 from pagestream.loadtest.degradation.text import NAME, read_text, words_of
 from pagestream.loadtest.manifest import environment
@@ -34,6 +43,7 @@ CAVEATS = (
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int, str], Iterable[T]]
+Piece = Callable[[], dict[str, Any]]  # of a part; raises NotReportedError
 
 
 @dataclass(frozen=True)
@@ -42,16 +52,23 @@ class Effort:
 
     longest: int | None  # tokens; None: what the model and the server's KV pool take
     per_octave: int  # prompt lengths of the latency part
-    repeats: int
-    intrusions: int  # of each length among streams that decode
+    rounds: int  # of latency and interference, spread over the time that the rest takes
     texts: int  # windows of dilution and paired perplexity
     groups: int  # of trials for each length: copies, and lists of which one number at each depth is asked for
     passkey_groups: int  # the two fillers in turn
     controls: int  # copies of each length that a reference scores too, beside one list of lookups
 
 
-FULL = Effort(longest=None, per_octave=2, repeats=5, intrusions=5, texts=6, groups=40, passkey_groups=8, controls=3)
-QUICK = Effort(longest=1024, per_octave=1, repeats=3, intrusions=2, texts=3, groups=4, passkey_groups=2, controls=1)
+FULL = Effort(longest=None, per_octave=2, rounds=9, texts=6, groups=40, passkey_groups=8, controls=3)
+QUICK = Effort(longest=1024, per_octave=1, rounds=3, texts=3, groups=4, passkey_groups=2, controls=1)
+
+
+class Timed(Protocol):
+    """A part in seconds, and so in rounds: a machine that others share is not the same a quarter of an hour later, and
+    intervals know what lay between the first round and the last."""
+
+    def round(self, progress: Progress[Any]) -> None: ...
+    def result(self) -> Any: ...
 
 
 def measure_card(
@@ -66,47 +83,53 @@ def measure_card(
     """The document. A part that the server does not report is {"not_reported": why}; without a reference there is no
     control. Raises TargetError."""
     model = server.model()
-    longest = min(int(model["max_context_tokens"]), int(model["kv_capacity_tokens"]), effort.longest or math.inf)
+    room = min(int(model["max_context_tokens"]), int(model["kv_capacity_tokens"]), effort.longest or math.inf)
+    longest = int(room)
     special = frozenset([*model.get("eos_token_ids", ()), *filter(None, [model.get("bos_token_id")])])
     vocabulary = Vocabulary(int(model["vocab_size"]), special)
-    card: dict[str, Any] = {"version": VERSION, "model": model, "caveats": list(CAVEATS)}
-    measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "latency": lambda: asdict(
-            measure_latency(
-                server,
-                vocabulary,
-                lengths_up_to(int(longest) - NEW_TOKENS, per_octave=effort.per_octave),
-                effort.repeats,
-                metrics,
-                seed,
-                progress,
-            )
-        ),
-        "interference": lambda: _interference(server, vocabulary, int(longest), effort, seed, progress),
-        "dilution": lambda: _dilution(server, int(longest), effort, progress),
-        "quality": lambda: _quality(server, int(longest), effort, seed, progress),
+    lengths = lengths_up_to(longest - NEW_TOKENS, per_octave=effort.per_octave)
+    intruders = [min(length, longest - 1) for length in _octaves(min(512, longest), longest)]
+    timed: dict[str, Timed] = {
+        "latency": LatencyRounds(server, vocabulary, lengths, metrics, seed),
+        "interference": InterferenceRounds(server, vocabulary, intruders, seed),
     }
+    pieces: list[tuple[str, Piece]] = [("dilution", lambda: _dilution(server, longest, effort, progress))]
+    pieces += [("quality", piece) for piece in _quality(server, longest, effort, seed, progress)]
     if reference is not None:
-        measures["control"] = lambda: _control(server, reference, int(longest), effort, seed, progress)
-    for part in (each for each in parts if each in measures):
-        try:
-            measured = measures[part]()
-        except NotReportedError as error:
-            measured = {"not_reported": f"not reported by this server: {error}"}
-        card[part] = {**measured, "measured": {**environment(), "seed": seed, "effort": asdict(effort)}}
-    return card
+        pieces.append(("control", lambda: _control(server, reference, longest, effort, seed, progress)))
+    measured = measure_in_turn(
+        {part: each for part, each in timed.items() if part in parts},
+        [(part, piece) for part, piece in pieces if part in parts],
+        effort.rounds,
+        progress,
+    )
+    origin = {**environment(), "seed": seed, "effort": asdict(effort)}
+    card = {part: {**measured[part], "measured": origin} for part in PARTS if part in measured}
+    return {"version": VERSION, "model": model, "caveats": list(CAVEATS), **card}
+
+
+def measure_in_turn(
+    timed: dict[str, Timed], pieces: Sequence[tuple[str, Piece]], rounds: int, progress: Progress[Any]
+) -> dict[str, dict[str, Any]]:
+    """Parts by name. Rounds lie before, between and after the pieces, as evenly as these allow."""
+    measured: dict[str, dict[str, Any]] = {}
+    begun = time.monotonic()
+    places = np.linspace(0, len(pieces), rounds).round()
+    for place in range(len(pieces) + 1):
+        for _ in range(int((places == place).sum())):
+            for each in timed.values():
+                each.round(progress)
+        for part, piece in pieces[place : place + 1]:
+            try:
+                measured[part] = {**measured.get(part, {}), **piece()}
+            except NotReportedError as error:
+                measured[part] = {"not_reported": f"not reported by this server: {error}"}
+    seconds = time.monotonic() - begun
+    return measured | {part: {**asdict(each.result()), "seconds": seconds} for part, each in timed.items()}
 
 
 def _octaves(shortest: int, longest: int) -> list[int]:
     return [2**power for power in range(shortest.bit_length() - 1, int(longest).bit_length()) if 2**power <= longest]
-
-
-def _interference(
-    server: Server, vocabulary: Vocabulary, longest: int, effort: Effort, seed: int, progress: Progress[Any]
-) -> dict[str, Any]:
-    lengths = [min(length, longest - 1) for length in _octaves(min(512, longest), longest)]
-    points = measure_interference(server, vocabulary, lengths, effort.intrusions, seed, progress)
-    return {"victims": VICTIMS, "points": [asdict(point) for point in points]}
 
 
 def _dilution(server: Server, longest: int, effort: Effort, progress: Progress[Any]) -> dict[str, Any]:
@@ -132,53 +155,43 @@ def _control(
     return {"reference": reference.model(), "negligible": NEGLIGIBLE, "points": [asdict(point) for point in points]}
 
 
-def _quality(server: Server, longest: int, effort: Effort, seed: int, progress: Progress[Any]) -> dict[str, Any]:
-    text = read_text(server, longest * effort.texts)
-    words = words_of(server, text[:20_000])
+def _quality(server: Server, longest: int, effort: Effort, seed: int, progress: Progress[Any]) -> Iterator[Piece]:
+    """Its tasks, each of which can be measured at a time of its own."""
+    digit = {"accuracy": 0.1, "exact": 1e-5, "logprob": math.log(0.1)}
 
-    def run(name: str, trials: Iterator[tasks.Trial]) -> list[Any]:
+    def run(name: str, trials: Iterable[tasks.Trial]) -> list[Outcome]:
         every = list(trials)
         return score_all(server, every, lambda each: progress(each, len(each), name))
 
-    copies = [t for n in _octaves(32, longest) for t in tasks.copy_trials(words, n, effort.groups, seed)]
-    pairs = [t for n in _octaves(128, longest) for t in tasks.key_value_trials(server, n, effort.groups, seed)]
-    keys = [t for n in _octaves(256, longest) for t in tasks.passkey_trials(server, n, effort.passkey_groups, seed)]
-    passkeys = run("passkey", iter(keys))
-    paired = tasks.perplexity_trials(text, _octaves(2 * tasks.SCORED, longest), effort.texts)
-    digit = {"accuracy": 0.1, "exact": 1e-5, "logprob": math.log(0.1)}
-    word = {"accuracy": 1 / len(words), "exact": 0.0, "logprob": -math.log(len(words))}
-    return {
-        "copy": asdict(
-            summarize_task(
-                run("copy", iter(copies)),
-                "accuracy",
-                word,
-                f"{len(words)} English words in random order, twice; the last {tasks.SCORED} tokens of the second time",
-                effective=True,
-            )
-        ),
-        "key_value": asdict(
-            summarize_task(
-                run("key-value", iter(pairs)),
-                "exact",
-                digit,
-                "lines such as amber-123: 45678, one asked for at five depths of each list; five digits",
-                effective=True,
-            )
-        ),
-        "passkey": asdict(
-            summarize_task(
-                passkeys,
-                "exact",
-                digit,
-                "one number in repeated filler, at five depths: a sanity check that most models pass",
-                effective=False,
-            )
-        ),
-        "fillers": {name: asdict(value) for name, value in summarize_fillers(passkeys).items()},
-        "perplexity": [asdict(point) for point in summarize_pairs(run("perplexity", paired))],
-        "text": NAME,
-    }
+    def copy() -> dict[str, Any]:
+        words = words_of(server, read_text(server, 20_000))
+        trials = (t for n in _octaves(32, longest) for t in tasks.copy_trials(words, n, effort.groups, seed))
+        chance = {"accuracy": 1 / len(words), "exact": 0.0, "logprob": -math.log(len(words))}
+        note = f"{len(words)} English words in random order, twice; the last {tasks.SCORED} tokens of the second time"
+        return {"copy": asdict(summarize_task(run("copy", trials), "accuracy", chance, note, effective=True))}
+
+    def key_value() -> dict[str, Any]:
+        trials = (t for n in _octaves(128, longest) for t in tasks.key_value_trials(server, n, effort.groups, seed))
+        note = "lines such as amber-123: 45678, one asked for at five depths of each list; five digits"
+        return {"key_value": asdict(summarize_task(run("key-value", trials), "exact", digit, note, effective=True))}
+
+    def passkey() -> dict[str, Any]:
+        groups = effort.passkey_groups
+        trials = (t for n in _octaves(256, longest) for t in tasks.passkey_trials(server, n, groups, seed))
+        outcomes = run("passkey", trials)
+        note = "one number in repeated filler, at five depths: a sanity check that most models pass"
+        return {
+            "passkey": asdict(summarize_task(outcomes, "exact", digit, note, effective=False)),
+            "fillers": {name: asdict(value) for name, value in summarize_fillers(outcomes).items()},
+        }
+
+    def perplexity() -> dict[str, Any]:
+        text = read_text(server, longest * effort.texts)
+        trials = tasks.perplexity_trials(text, _octaves(2 * tasks.SCORED, longest), effort.texts)
+        points = summarize_pairs(run("perplexity", trials))
+        return {"perplexity": [asdict(point) for point in points], "text": NAME}
+
+    yield from (copy, key_value, passkey, perplexity)
 
 
 def intervals(document: Any, path: str = "") -> Iterator[tuple[str, Interval]]:

@@ -11,13 +11,13 @@ import numpy as np
 
 from pagestream.loadtest.statistics import Array, Interval
 
-_ROUNDS = 500
+_DRAWS = 500
 _FEWEST_FOR_AICC = 6  # lengths: its correction divides by their number less 5
 
 
 @dataclass(frozen=True)
 class CostFit:
-    """seconds = a + b n (+ c n^2). Intervals are of a bootstrap over the repetitions of each length."""
+    """seconds = a + b n (+ c n^2). Intervals are of a bootstrap over rounds."""
 
     a: Interval
     b: Interval
@@ -29,23 +29,19 @@ class CostFit:
     longest: int  # tokens; nothing is said beyond
 
 
-def fit_cost(lengths: Sequence[int], samples: Sequence[Sequence[float]], *, degree: int, seed: int = 0) -> CostFit:
+def fit_cost(lengths: Sequence[int], samples: Array, *, degree: int, seed: int = 0) -> CostFit:
     """Weighted non-negative least squares on the medians, weights 1 / seconds^2, so that every length counts alike.
 
-    `samples` holds the repetitions of each length. "Quadratic" is claimed only if the interval of c excludes 0, AICc
-    prefers the parabola, and the longest length is beyond a quarter of n*.
+    `samples` [lengths, rounds] in seconds. Whole rounds are drawn again: a machine that is slow for a while is slow at
+    every length, which divides out of n*. "Quadratic" is claimed only if the interval of c excludes 0, AICc prefers the
+    parabola, and the longest length is beyond a quarter of n*.
     """
     n = np.asarray(lengths, float)
     design = np.stack([n**power for power in range(degree + 1)], axis=1)
-    medians = np.array([np.median(each) for each in samples])
+    medians = np.median(samples, axis=1)
     estimate = nonnegative_fit(design, medians)
-    random = np.random.default_rng(seed)
-    drawn = np.array(
-        [
-            nonnegative_fit(design, np.array([np.median(random.choice(each, len(each))) for each in samples]))
-            for _ in range(_ROUNDS)
-        ]
-    )
+    again = np.random.default_rng(seed).integers(0, samples.shape[1], (_DRAWS, samples.shape[1]))
+    drawn = np.array([nonnegative_fit(design, np.median(samples[:, rounds], axis=1)) for rounds in again])
     terms = [_interval(estimate[power], drawn[:, power]) for power in range(degree + 1)]
     residuals = np.abs(design @ estimate / medians - 1)
     square = terms[2] if degree == 2 else None

@@ -37,10 +37,10 @@ class Intrusion:
 
 @dataclass(frozen=True)
 class InterferencePoint:
-    """Medians over repetitions; seconds, as in Intrusion."""
+    """Medians over rounds; seconds, as in Intrusion."""
 
     tokens: int  # of the prompt that came
-    repeats: int
+    rounds: int
     first_token: Interval
     typical_gap: Interval
     worst_gap: Interval
@@ -50,26 +50,37 @@ class InterferencePoint:
     stall_null: Interval
 
 
-def measure_interference(
-    server: Server, vocabulary: Vocabulary, lengths: Sequence[int], repeats: int, seed: int, progress: Progress
-) -> list[InterferencePoint]:
-    """Each length `repeats` times, all in random order, new random prompts throughout."""
-    random = Random(f"{seed} interference")
-    order = [length for length in lengths for _ in range(repeats)]
-    random.shuffle(order)
-    seen: dict[int, list[Intrusion]] = {length: [] for length in lengths}
-    for length in progress(order, len(order), "interference"):
-        prompts = [vocabulary.draw(random, _PROMPT) for _ in range(VICTIMS)]
-        seen[length].append(_intrude(server, prompts, vocabulary.draw(random, length)))
-    names = [name for name in InterferencePoint.__dataclass_fields__ if name in Intrusion.__dataclass_fields__]
-    return [
-        InterferencePoint(
-            length,
-            len(each),
-            **{name: bootstrap([getattr(one, name) for one in each], median_of) for name in names},
-        )
-        for length, each in seen.items()
-    ]
+@dataclass(frozen=True)
+class Interference:
+    victims: int
+    points: list[InterferencePoint]
+
+
+class InterferenceRounds:
+    """A round has a prompt of each length come once, in random order. Rounds may lie apart in time."""
+
+    def __init__(self, server: Server, vocabulary: Vocabulary, lengths: Sequence[int], seed: int) -> None:
+        self._server, self._vocabulary, self._lengths = server, vocabulary, lengths
+        self._random = Random(f"{seed} interference")
+        self._seen: dict[int, list[Intrusion]] = {length: [] for length in lengths}
+
+    def round(self, progress: Progress) -> None:
+        order = self._random.sample(self._lengths, len(self._lengths))
+        for length in progress(order, len(order), "interference"):
+            victims = [self._vocabulary.draw(self._random, _PROMPT) for _ in range(VICTIMS)]
+            self._seen[length].append(_intrude(self._server, victims, self._vocabulary.draw(self._random, length)))
+
+    def result(self) -> Interference:
+        names = [name for name in InterferencePoint.__dataclass_fields__ if name in Intrusion.__dataclass_fields__]
+        points = [
+            InterferencePoint(
+                length,
+                len(each),
+                **{name: bootstrap([getattr(one, name) for one in each], median_of) for name in names},
+            )
+            for length, each in self._seen.items()
+        ]
+        return Interference(VICTIMS, points)
 
 
 def _intrude(server: Server, victims: Sequence[Sequence[int]], prompt: Sequence[int]) -> Intrusion:
