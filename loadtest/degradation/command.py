@@ -97,4 +97,5 @@ def _compare(console: Console, before: dict[str, Any], after: dict[str, Any]) ->
 
 
 def _progress(items: Iterable[Any], total: int, name: str) -> Iterable[Any]:
-    return track(items, description=name, total=total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(items, description=name, total=total, console=console, transient=True, disable=not console.is_terminal)
