@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d", "#78716c", "#1e293b")
-GREY = "#9ca3af"
+GREY = "#6b7280"
 _STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 130,
