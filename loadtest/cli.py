@@ -54,7 +54,7 @@ def run(
     *,
     target: TargetUrl = "grpc://localhost:50051",
     arrivals: Annotated[str, typer.Option(help="When requests are sent.")] = "closed",
-    faults: Annotated[str, typer.Option(help="Fractions that cancel, deadline, slow or kill: cancel=0.1,slow=0.1.")] = "",
+    faults: Annotated[str, typer.Option(help="Fractions of cancel, deadline, slow or kill: kill=0.1.")] = "",
     slo: Annotated[str, typer.Option(help="Seconds of ttft, itl, tpot or e2e for goodput: ttft=1,itl=0.2.")] = "",
     seconds: Annotated[float, typer.Option(min=0.1, help="Sends for at most so long.")] = 60.0,
     requests: Annotated[int, typer.Option(min=1, help="Sends at most so many; conversations count as one.")] = 1000,
