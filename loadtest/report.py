@@ -26,7 +26,7 @@ def live_view(progress: Progress) -> Text:
         f"{progress.sent} sent",
         f"{progress.sent - len(records)} under way",
         f"{len(records)} ended",
-        f"{failed} failed",
+        *([f"{failed} failed"] if failed else []),
         f"{tokens / seconds if seconds else 0:.0f} tokens/s",
     ]
     if firsts:
