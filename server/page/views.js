@@ -61,6 +61,11 @@ function decodeFit(now) {
   return fitOf(now, "decode", "A step of one answer at n tokens", [step + row, token], "decode_b");
 }
 
+// Stalls are counted from then on.
+function hasForecast(now) {
+  return Number.isFinite(now.value("cost_fit_seconds", "decode_a"));
+}
+
 function waitsPanel(body) {
   const key = legend({ c1: "running", c2: "waiting", c5: "stall caused" });
   const holder = element("div");
@@ -83,7 +88,7 @@ function waitsPanel(body) {
           labelOf(ctx),
           `${running} + ${waiting}`,
           barCell([{ value: running, colour: "c1" }, { value: waiting, colour: "c2" }], most),
-          now.has("stall_caused_seconds_total") ? secondsText(caused) : "–",
+          caused || hasForecast(now) ? secondsText(caused) : "–",
           barCell([{ value: caused, colour: "c5" }], worst),
         ]),
       ),
@@ -109,7 +114,9 @@ function stallsPanel(body) {
     const series = causes.map((cause, index) => ({ label: cause, colour: `c${[2, 5, 4][index]}`, fill: true }));
     drawOverTime(chart, (v) => numberText(v), series, [history.times(), ...columns]);
     const totals = causes.map((cause) => `${cause} ${secondsText(span.count("stall_seconds_total", cause))}`);
-    note.textContent = `Suffered in all: ${totals.join(", ")}.`;
+    note.textContent =
+      `Suffered in all: ${totals.join(", ")}.` +
+      (hasForecast(now) ? "" : " Not counted before there is a forecast, which takes steps that only decode.");
     return true;
   };
 }
