@@ -54,8 +54,8 @@ def run(
     *,
     target: TargetUrl = "grpc://localhost:50051",
     arrivals: Annotated[str, typer.Option(help="When requests are sent.")] = "closed",
-    faults: Annotated[str, typer.Option(help="Fractions such as cancel=0.1,deadline=0.05,slow=0.02,kill=0.01.")] = "",
-    slo: Annotated[str, typer.Option(help="Objectives in seconds for goodput: ttft=1,itl=0.2,tpot=0.1,e2e=30.")] = "",
+    faults: Annotated[str, typer.Option(help="Fractions of cancel, deadline, slow or kill: kill=0.1.")] = "",
+    slo: Annotated[str, typer.Option(help="Seconds of ttft, itl, tpot or e2e for goodput: ttft=1,itl=0.2.")] = "",
     seconds: Annotated[float, typer.Option(min=0.1, help="Sends for at most so long.")] = 60.0,
     requests: Annotated[int, typer.Option(min=1, help="Sends at most so many; conversations count as one.")] = 1000,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that each request may take.")] = 300.0,
@@ -67,7 +67,7 @@ def run(
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     token: Token = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="loadtest-DATE-TIME")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", show_default="loadtest-DATE")] = None,
 ) -> None:
     """Sends requests and writes down when each token came, and percentiles by length.
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 COLORS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d", "#78716c", "#1e293b")
-GREY = "#9ca3af"
+GREY = "#6b7280"
 _STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 130,
@@ -88,9 +88,15 @@ def seconds_axis(axis: Axis, label: str | None = None) -> None:
     (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: duration(value) if _has_room(axis, value) else ""))
     if label:
         axis.set_label_text(label)
+
+
+def _has_room(axis: Axis, value: float) -> bool:
+    """Along a wide range of times the powers of ten alone."""
+    low, high = axis.get_view_interval()
+    return high < 2000 * low or f"{value:e}".startswith("1")
 
 
 def duration(seconds: float) -> str:

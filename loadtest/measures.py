@@ -24,8 +24,8 @@ TITLES = {
     "ttft": "time to first token",
     "itl": "gap between tokens",
     "tpot": "time per output token",
-    "max_gap": "longest gap of a request",
-    "e2e": "request from end to end",
+    "max_gap": "longest gap",
+    "e2e": "whole request",
 }
 Samples = dict[str, dict[str, list[float]]]  # measure -> ctx -> seconds
 

@@ -26,7 +26,7 @@ def live_view(progress: Progress) -> Text:
         f"{progress.sent} sent",
         f"{progress.sent - len(records)} under way",
         f"{len(records)} ended",
-        f"{failed} failed",
+        *([f"{failed} failed"] if failed else []),
         f"{tokens / seconds if seconds else 0:.0f} tokens/s",
     ]
     if firsts:
@@ -59,7 +59,7 @@ def _latency(latency: dict[str, Any]) -> Table:
     table = Table("seconds, by length", "ctx ≤", *map(_right, ("count", *QUANTILES, "max")), box=None)
     for measure in MEASURES:
         for ctx, values in latency[measure].items():
-            numbers = (f"{values[name]:.4f}" for name in (*QUANTILES, "max"))
+            numbers = (_short(values[name]) for name in (*QUANTILES, "max"))
             table.add_row(TITLES[measure], ctx, str(values["count"]), *numbers)
     return table
 
@@ -74,11 +74,12 @@ def _goodput(goodput: dict[str, Any]) -> Table:
 def _agreement(rows: list[dict[str, Any]]) -> Table:
     """One line for each measure and length: counts, and the quantiles of both in the server's buckets."""
     names = list(dict.fromkeys(row["quantile"] for row in rows))
-    table = Table("client / server", "ctx ≤", *map(_right, ("counts", *names)), "within 15 %", box=None)
+    heads = map(_right, ("counts", *names))
+    table = Table("client/server", "ctx ≤", *heads, "≤ 15 %", box=None, padding=(0, 1, 0, 0))  # 80 columns
     for measure, ctx in dict.fromkeys((row["measure"], row["ctx"]) for row in rows):
         mine = [row for row in rows if (row["measure"], row["ctx"]) == (measure, ctx)]
-        counts = f"{mine[0]['client_count']} / {mine[0]['server_count']}"
-        pairs = (f"{_short(row['client'])} / {_short(row['server'])}" for row in mine)
+        counts = f"{mine[0]['client_count']}/{mine[0]['server_count']}"
+        pairs = (f"{_short(row['client'])}/{_short(row['server'])}" for row in mine)
         table.add_row(measure, ctx, counts, *pairs, "yes" if all(row["within"] for row in mine) else "no")
     return table
 

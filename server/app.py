@@ -123,7 +123,7 @@ def _locks(config: ServerConfig) -> tuple[TlsFiles | None, KeyFile | None]:
 
 def _say_where(config: ServerConfig, grpc_port: int, http_port: int) -> None:
     web = f"{'https' if config.tls_cert else 'http'}://{address_of(config.host, http_port)}"
-    log.info("gRPC on %s; metrics on %s/metrics", address_of(config.host, grpc_port), web)
+    log.info("gRPC on %s; metrics on %s/metrics, live page on %s/", address_of(config.host, grpc_port), web, web)
 
 
 def _tracer(metrics: Metrics) -> Tracer | None:

@@ -44,12 +44,11 @@ def _joined(names: tuple[str, ...]) -> str:
 
 def _family(family: Family, reading: Reading) -> dict[str, Any]:
     labels = list(family.labels)
-    if family.per_model and reading.model is None:
-        return {"labels": labels, "series": []}
+    nothing = family.per_model and reading.model is None
     if family.kind == "histogram":
-        series = _histogram(family, reading.histograms[family.name])
+        series = [] if nothing else _histogram(family, reading.histograms[family.name])
         return {"labels": labels, "edges": family.edges, "series": series}
-    values = reading.values[family.name].items()
+    values = [] if nothing else reading.values[family.name].items()
     return {"labels": labels, "series": [(key, value if math.isfinite(value) else None) for key, value in values]}
 
 

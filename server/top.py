@@ -16,7 +16,7 @@ from urllib.error import HTTPError
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from pagestream.server.client import Credentials
 from pagestream.server.metric_families import CTX
@@ -106,7 +106,7 @@ def view(now: Document, before: Document | None, seconds: float | None) -> Rende
     requests = [f"{_gauge(now, f'{kind}_requests'):.0f} {kind}" for kind in ("running", "waiting")]
     lines = [
         f"[bold]{now['model'] or 'no model'}[/] · {now['state']}",
-        f"{' · '.join(requests)} · KV {_gauge(now, 'kv_cache_usage_ratio'):.0%}{rate}",
+        f"{' · '.join(requests)} · KV pool {_gauge(now, 'kv_cache_usage_ratio'):.0%} in use{rate}",
         "stalled by " + (", ".join(f"{cause} {_time(value)}" for cause, value in stalls.items()) or "nobody"),
         f"[dim]of the last {seconds:.0f} s[/]" if seconds else "[dim]since the start[/]",
     ]
@@ -114,7 +114,8 @@ def view(now: Document, before: Document | None, seconds: float | None) -> Rende
 
 
 def _by_context(now: Document, before: Document | None) -> Table:
-    table = Table("context", "first tokens", "p50", "p95", "gaps", "p50", "p95", "stalled others", box=None)
+    heads = ("first tokens", "p50", "p95", "gaps", "p50", "p95", "stalled others")
+    table = Table("context", *(Column(head, justify="right") for head in heads), box=None)
     names = ("time_to_first_token_seconds", "inter_token_latency_seconds")
     histograms = [_grown(now, before, name) for name in names]
     caused = _grown(now, before, "stall_caused_seconds_total")
@@ -131,11 +132,12 @@ def _by_context(now: Document, before: Document | None) -> Table:
 
 
 def _recent(now: Document) -> Table:
-    table = Table("ended", "by", "prompt", "cached", "answer", "queue", "prefill", "gap", box=None)
+    heads = ("prompt", "cached", "answer", "queue", "prefill", "mean gap")
+    table = Table("ended", "by", *(Column(head, justify="right") for head in heads), box=None)
     for request in now["recent"][:_RECENT]:
         counts = [f"{request[name]:,}" for name in ("prompt_tokens", "cached_tokens", "output_tokens")]
         times = [_time(request[name]) for name in ("queue", "prefill", "mean_gap")]
-        table.add_row(f"{_time(request['ended'])} ago", request["reason"], *counts, *times)
+        table.add_row(f"{request['ended']:.0f} s ago", request["reason"].replace("_", " "), *counts, *times)
     return table
 
 

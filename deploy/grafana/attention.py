@@ -41,7 +41,7 @@ DASHBOARD = dashboard(
             "Where does attention go as context grows?",
             [
                 Panel(
-                    "Effective context",
+                    "Effective context, tokens",
                     f"exp of the mean entropy, in tokens: geometric over heads. {PER_ROW} Compare it with the "
                     "context: equal would be uniform attention. Large or small is neither good nor bad.",
                     {
@@ -52,7 +52,7 @@ DASHBOARD = dashboard(
                     log_scale=True,
                 ),
                 Panel(
-                    "Effective context without the first token",
+                    "Effective context without the first token, tokens",
                     "As beside, with the sink taken out exactly (chain rule of entropy), over rows where more than a"
                     " thousandth of the mass is left.",
                     {
@@ -114,7 +114,7 @@ DASHBOARD = dashboard(
                     unit="percentunit",
                 ),
                 Panel(
-                    "Rows observed",
+                    "Rows observed per second",
                     "How much all of this rests on, per second.",
                     {"≤ {{ctx}}": f"sum by (ctx) (rate(pagestream_attention_rows_total{M}{RATE}))"},
                     unit="none",
@@ -133,7 +133,7 @@ DASHBOARD = dashboard(
                     width=12,
                 ),
                 Panel(
-                    "Heads disagree by, above chance",
+                    "Heads disagree by, above chance, nats",
                     "Jensen-Shannon divergence between heads less that of shifted copies, in nats, sampled steps. "
                     "Independent heads are at 0. Neither direction is good: redundancy and specialisation both have "
                     "uses.",
@@ -150,7 +150,7 @@ DASHBOARD = dashboard(
             "Does it still work at that length?",
             [
                 Panel(
-                    "Canaries: log-probability of the right answer",
+                    "Canaries: log-probability of the right answer, nats",
                     "Small copy and look-up probes at fixed lengths, run beside the traffic, against their baseline."
                     " They show damage, not how well your own task goes.",
                     {
@@ -168,7 +168,7 @@ DASHBOARD = dashboard(
                     unit="none",
                 ),
                 Panel(
-                    "Output entropy",
+                    "Output entropy, nats",
                     "Of the raw logits at temperature 1, per generated token. A weak sign of uncertainty, no "
                     "calibrated probability of being right.",
                     _quantiles("output_entropy_nats"),
@@ -176,7 +176,7 @@ DASHBOARD = dashboard(
                     width=12,
                 ),
                 Panel(
-                    "Surprisal of the sampled token",
+                    "Surprisal of the sampled token, nats",
                     "Under the raw logits, before penalties and top-p. Depends on the sampling settings of the "
                     "traffic.",
                     _quantiles("output_surprisal_nats"),

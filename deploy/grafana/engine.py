@@ -59,7 +59,7 @@ DASHBOARD = dashboard(
                     stacked=True,
                 ),
                 Panel(
-                    "Context in the batch",
+                    "Context in the batch, tokens",
                     "Sum and longest of the contexts decoded in the last step: the keys and values that one step "
                     "must read.",
                     {
@@ -107,7 +107,7 @@ DASHBOARD = dashboard(
                     unit="percentunit",
                 ),
                 Panel(
-                    "Preemptions",
+                    "Preemptions per second",
                     "Running requests sent back to the queue for want of blocks, per second. A few are cheap: the "
                     "cache keeps what they had.",
                     {"{{reason}}": f"sum by (reason) (rate(pagestream_preemptions_total{M}{RATE}))"},
@@ -126,7 +126,7 @@ DASHBOARD = dashboard(
                     limit=0.2,
                 ),
                 Panel(
-                    "Cached blocks given up",
+                    "Cached blocks given up per second",
                     "Per second. Many beside few hits: the pool is too small for the prompts that come back.",
                     {"{{instance}}": f"rate(pagestream_prefix_cache_evicted_blocks_total{M}{RATE})"},
                     unit="none",
@@ -165,7 +165,7 @@ DASHBOARD = dashboard(
                     log_scale=True,
                 ),
                 Panel(
-                    "Speculation",
+                    "Speculated tokens per second",
                     "Tokens proposed from the prompt per second, by what became of them. Rejected ones cost a little"
                     " of a step.",
                     {"{{result}}": f"sum by (result) (rate(pagestream_speculated_tokens_total{M}{RATE}))"},
@@ -196,7 +196,7 @@ DASHBOARD = dashboard(
                     log_scale=True,
                 ),
                 Panel(
-                    "CPU",
+                    "CPU, cores",
                     "Seconds of processor time per second, all threads of the process.",
                     {"{{instance}}": 'rate(process_cpu_seconds_total{job="pagestream"}[$__rate_interval])'},
                     unit="none",

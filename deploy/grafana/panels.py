@@ -138,6 +138,8 @@ def _defaults(panel: Panel) -> Json:
             "scaleDistribution": {"type": "log", "log": 2} if panel.log_scale else {"type": "linear"},
             "thresholdsStyle": {"mode": "off" if panel.limit is None else "line"},
         }
+        if not panel.log_scale:
+            defaults["custom"]["axisSoftMin"] = 0  # a cut axis makes a little look like much
     return defaults
 
 

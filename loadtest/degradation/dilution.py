@@ -40,6 +40,7 @@ class DilutionPoint:
     gaussian_entropy_nats: float  # log n - 1/2: independent scores of variance 1, no structure either
     groups: dict[str, GroupPoint]
     band_mass: list[float]  # by octave of distance
+    pages_for_95: Interval | None  # pages that hold 95 % of the mass, mean over heads; None of a server that says none
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _point(length: int, stats: Sequence[RequestStats], names: Sequence[str]) -> 
         entropy = values["entropy_nats"]
         effective = Interval(*(math.exp(each) for each in (entropy.value, entropy.lower, entropy.upper)))
         groups[name] = GroupPoint(effective_context_tokens=effective, **values)
+    pages = [each.pages_for_95 for each in stats if each.HasField("pages_for_95")]
     bands = np.array([each.band_mass for each in stats if each.band_mass])
     return DilutionPoint(
         tokens=length,
@@ -94,6 +96,7 @@ def _point(length: int, stats: Sequence[RequestStats], names: Sequence[str]) -> 
         gaussian_entropy_nats=math.log(context) - 0.5,
         groups=groups,
         band_mass=[float(mass) for mass in bands.mean(0)] if bands.size else [],
+        pages_for_95=bootstrap(np.array(pages), mean_of) if pages else None,
     )
 
 

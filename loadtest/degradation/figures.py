@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pagestream.loadtest.degradation.dilution import ROWS
 from pagestream.loadtest.figure import COLORS, GREY, duration, new_figure, seconds_axis, token_axis
 
 Part = dict[str, Any]
@@ -86,10 +89,11 @@ def draw_masses(axes: Axes, dilution: Part) -> None:
     """Means over the layer groups, which are thirds."""
     points = dilution["points"]
     tokens = [point["tokens"] for point in points]
-    names = {"sink_mass": "first 4 tokens (sink)", "middle_mass": "middle", "recent_mass": "last 64 tokens"}
+    names = {"sink_mass": "first 4 tokens (sink)", "middle_mass": "between", "recent_mass": "last 64 tokens"}
     shares = [
         [np.mean([group[name]["value"] for group in point["groups"].values()]) for point in points] for name in names
     ]
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.stackplot(tokens, shares, labels=list(names.values()), colors=(COLORS[8], COLORS[5], COLORS[0]), alpha=0.75)
     uniform = [min(1.0, 64 / point["tokens"]) for point in points]
     axes.plot(
@@ -98,7 +102,58 @@ def draw_masses(axes: Axes, dilution: Part) -> None:
     token_axis(axes, "context, tokens")
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of attention")
-    axes.legend(loc="lower left", frameon=True, framealpha=0.85)
+    _legend_below(axes)
+
+
+def draw_sinks(axes: Axes, dilution: Part) -> None:
+    points = dilution["points"]
+    tokens = [point["tokens"] for point in points]
+    for color, group in zip(COLORS, points[0]["groups"], strict=False):
+        plot_interval(axes, tokens, [point["groups"][group]["sink_mass"] for point in points], f"{group} layers", color)
+    sink = dilution["meta"]["sink_tokens"]
+    axes.plot(tokens, [sink / n for n in tokens], "--", color=GREY, label="uniform")
+    token_axis(axes, "context, tokens")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylabel("share of attention")
+    axes.legend()
+
+
+def draw_bands(axes: Axes, dilution: Part) -> None:
+    """Octaves in pairs: band b is of distances from 2^b - 1."""
+    points = dilution["points"]
+    tokens = [point["tokens"] for point in points]
+    edges = (0, 4, 6, 8, 10, 12, 16)
+    masses = np.array([point["band_mass"] for point in points])
+    pairs = [(low, high) for low, high in pairwise(edges) if masses[:, low:high].any()]
+    labels = [f"{2**low - 1:,} to {2**high - 2:,}" if high < 16 else f"{2**low - 1:,} and more" for low, high in pairs]
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.05, 0.95, len(pairs)))
+    axes.stackplot(
+        tokens, [masses[:, low:high].sum(1) for low, high in pairs], labels=labels, colors=colors, alpha=0.85
+    )
+    token_axis(axes, "context, tokens")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylabel("share of attention")
+    _legend_below(axes)
+
+
+def draw_pages(axes: Axes, dilution: Part) -> None:
+    points = [point for point in dilution["points"] if point.get("pages_for_95")]
+    tokens = [point["tokens"] for point in points]
+    plot_interval(axes, tokens, [point["pages_for_95"] for point in points], "needed, mean over heads", COLORS[0])
+    pages = [math.ceil((n + ROWS / 2) / dilution["meta"]["page_tokens"]) for n in tokens]
+    axes.plot(tokens, pages, "--", color=GREY, label="all there are")
+    token_axis(axes, "context, tokens")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylabel(f"pages of {dilution['meta']['page_tokens']} tokens")
+    axes.legend()
+
+
+def _legend_below(axes: Axes) -> None:
+    """Where it hides no area."""
+    axes.figure.legend(loc="outside lower center", ncols=2)
 
 
 def draw_task(axes: Axes, task: Part, *, exact: bool) -> None:
@@ -166,6 +221,11 @@ def card_figures(card: Part) -> dict[str, Figure]:
     if measured(card, "dilution"):
         add("effective_context", "Tokens that attention is spread over", draw_effective_context, card["dilution"])
         add("masses", "Where attention goes (mean of all layers)", draw_masses, card["dilution"])
+        add("sinks", "On the first tokens, by layer", draw_sinks, card["dilution"])
+        if card["dilution"]["points"][0]["band_mass"]:
+            add("bands", "By distance, tokens back (mean of all layers)", draw_bands, card["dilution"])
+        if card["dilution"]["points"][0].get("pages_for_95"):
+            add("pages", "Pages that hold 95 % of attention", draw_pages, card["dilution"])
     if measured(card, "quality"):
         quality = card["quality"]
         add("copy", "Copying random words", draw_task, quality["copy"], exact=False)

@@ -19,7 +19,13 @@ def render(card: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"seconds": _seconds, "tokens": _tokens, "percent": _percent, "nats": _nats}
+    environment.filters |= {
+        "seconds": _seconds,
+        "tokens": _tokens,
+        "length": _length,
+        "percent": _percent,
+        "nats": _nats,
+    }
     with styled():
         figures = {name: Markup(inline_svg(figure)) for name, figure in card_figures(card).items()}  # noqa: S704
     return environment.from_string(_PAGE.read_text()).render(card=card, figures=figures, **card)
@@ -49,19 +55,29 @@ def _seconds(interval: dict[str, float]) -> str:
         (1e-12, "ps"),
     )
     value, lower, upper = (interval[side] / unit for side in ("value", "lower", "upper"))
-    return f"{value:.3g} {name} ({lower:.3g} to {upper:.3g})"
+    return _unbroken(f"{value:.3g} {name}", f"({lower:.3g} to {upper:.3g})")
 
 
 def _tokens(interval: dict[str, float]) -> str:
     value, lower, upper = (interval[side] for side in ("value", "lower", "upper"))
-    return f"{value:,.0f} tokens ({lower:,.0f} to {upper:,.0f})"
+    return _unbroken(f"{value:,.0f} tokens", f"({lower:,.0f} to {upper:,.0f})")
+
+
+def _length(interval: dict[str, float]) -> str:
+    """An effective length."""
+    return f"up to {_tokens(interval)}" if interval["value"] else "at no tested length"
 
 
 def _percent(interval: dict[str, float]) -> str:
     value, lower, upper = (interval[side] for side in ("value", "lower", "upper"))
-    return f"{value:.0%} ({lower:.0%} to {upper:.0%})"
+    return _unbroken(f"{value:.0%}", f"({lower:.0%} to {upper:.0%})")
 
 
 def _nats(interval: dict[str, float]) -> str:
     value, lower, upper = (interval[side] for side in ("value", "lower", "upper"))
-    return f"{value:.2f} ({lower:.2f} to {upper:.2f})"
+    return _unbroken(f"{value:.2f}", f"({lower:.2f} to {upper:.2f})")
+
+
+def _unbroken(*parts: str) -> str:
+    """A line may end between the parts alone."""
+    return " ".join(part.replace(" ", "\u00a0") for part in parts)

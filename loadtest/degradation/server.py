@@ -112,7 +112,7 @@ class Server:
             token_ids=pb.TokenIds(ids=prompt),
             stop=pb.StopConfig(max_tokens=new_tokens, ignore_eos=True),
             output=pb.OutputConfig(token_ids=True),
-            stats=StatsOptions(level=StatsLevel.STATS_LEVEL_ATTENTION, attention_every=1) if attention else None,
+            stats=StatsOptions(level=StatsLevel.STATS_LEVEL_SPANS, attention_every=1) if attention else None,
         )
         return self._call(lambda: self._read(request))
 

@@ -90,7 +90,7 @@ function middleOf(ctx) {
 }
 
 function labelOf(ctx) {
-  return ctx === "inf" ? "> 64k" : `≤ ${tokensText(Number(ctx))}`;
+  return ctx === "inf" ? ">\u00a064k" : `≤\u00a0${tokensText(Number(ctx))}`;
 }
 
 function tokensText(tokens) {
@@ -100,16 +100,12 @@ function tokensText(tokens) {
 function secondsText(seconds) {
   if (seconds === null || seconds === undefined || Number.isNaN(seconds)) return "–";
   if (seconds === 0) return "0";
-  if (Math.abs(seconds) < 1e-3) return `${(seconds * 1e6).toPrecision(3)} µs`;
-  if (Math.abs(seconds) < 1) return `${Number((seconds * 1e3).toPrecision(3))} ms`;
-  return seconds < 120 ? `${Number(seconds.toPrecision(3))} s` : `${Math.round(seconds / 60)} min`;
+  const unit = Math.abs(seconds) < 1e-6 ? "ns" : Math.abs(seconds) < 1e-3 ? "µs" : Math.abs(seconds) < 1 ? "ms" : "s";
+  const scale = { ns: 1e9, "µs": 1e6, ms: 1e3, s: 1 }[unit];
+  return `${numberText(seconds * scale)}\u00a0${unit}`;
 }
 
 function numberText(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(digits)));
-}
-
-function powerText(value) {
-  return value === 0 ? "0" : value.toExponential(1);
 }

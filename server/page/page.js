@@ -2,6 +2,7 @@
 "use strict";
 
 const POLL_MS = 2000;
+const ANSWER_MS = 5000;
 const KEPT_POINTS = 300; // of the charts over time: ten minutes
 const FULL_EVERY = 5; // polls; whole readings, from which spans begin
 
@@ -64,7 +65,7 @@ const updates = PANELS.map((panel) => {
     body.hidden = !hasData;
     empty.hidden = hasData;
     if (missing.length) empty.textContent = `This server does not measure pagestream_${missing[0]}.`;
-    else empty.textContent = "No samples yet in what is shown.";
+    else empty.textContent = view.span.before ? "No samples in this time." : "No samples yet.";
   };
 });
 
@@ -83,7 +84,7 @@ function show(now) {
     waiting: numberText(now.sum("waiting_requests")),
     "output tokens/s": numberText(mean),
     "KV pool in use": `${Math.round(100 * (now.value("kv_cache_usage_ratio") ?? 0))} %`,
-    "first token, if asked now": secondsText(now.value("predicted_ttft_seconds")),
+    "first token of a short prompt": secondsText(now.value("predicted_ttft_seconds")),
   };
   const entries = Object.entries(figures).map(([name, text]) =>
     element("div", {}, element("dt", {}, name), element("dd", {}, text)),
@@ -92,16 +93,17 @@ function show(now) {
   const window = Number(document.getElementById("window").value);
   const before = history_.start(now, window) ?? null;
   const covered = before ? now.seconds - before.seconds : 0;
-  document.getElementById("range").textContent =
-    before && covered < window - 15 ? `This page has watched for ${secondsText(covered)} so far.` : "";
+  const range = document.getElementById("range");
+  range.textContent = before && covered < window - 15 ? `This page has watched for ${secondsText(covered)} so far.` : "";
+  if (!before && now.state === "ready" && !now.series("time_to_first_token_seconds").size)
+    range.textContent = "Nothing was asked of this server yet: panels fill as requests come.";
   const view = { now, span: new Span(before, now), history: history_ };
   for (const update of updates) update(view);
 }
 
 async function poll() {
   try {
-    const response = await fetch("/live.json", { cache: "no-store" });
-    const now = new Reading(await response.json(), Date.now() / 1000);
+    const now = new Reading(await read(), Date.now() / 1000);
     const last = history_.points.at(-1);
     if (last && (now.value("output_tokens_total") ?? 0) < last.output) history_ = new History(); // another process
     history_.add(now);
@@ -109,12 +111,26 @@ async function poll() {
     show(now);
     document.body.dataset.polls = Number(document.body.dataset.polls ?? 0) + 1;
   } catch (error) {
-    if (!(error instanceof TypeError && /fetch/i.test(error.message))) throw error;
+    if (!(error instanceof Unreachable)) throw error;
     document.title = "pagestream: unreachable";
     const state = document.getElementById("state");
     state.textContent = "unreachable";
-    state.className = "state";
+    state.className = "state unreachable";
+    document.getElementById("range").textContent =
+      `${error.message} ${drawn ? `What is shown is of ${clockText(drawn.seconds)}.` : ""} Asked again every 2 s.`;
   }
+}
+
+class Unreachable extends Error {}
+
+async function read() {
+  const response = await fetch("/live.json", { cache: "no-store", signal: AbortSignal.timeout(ANSWER_MS) }).catch(() => {
+    throw new Unreachable("The server does not answer.");
+  });
+  if (!response.ok) throw new Unreachable(`The server answers ${response.status} ${response.statusText}.`);
+  return response.json().catch(() => {
+    throw new Unreachable("The server's answer was cut off.");
+  });
 }
 
 async function follow() {

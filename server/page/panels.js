@@ -12,7 +12,8 @@ const PANELS = [
     families: ["time_to_first_token_seconds"],
     caveat:
       "Time in the queue and beside other requests is in the points, and not in the fitted curve, which is a prompt alone. A " +
-      "point stands in the middle of its bucket; edges of time buckets double, so a quantile is known to within a factor of 2.",
+      "point stands in the middle of its bucket; edges of time buckets double, so a quantile is known to within a factor of 2. " +
+      "A p95 is drawn of 20 samples or more.",
     make: latencyPanel("time_to_first_token_seconds", "p50", prefillFit),
   },
   {
@@ -43,9 +44,9 @@ const PANELS = [
   },
   {
     id: "effective-context",
-    title: "Effective context",
+    title: "Effective context, tokens",
     families: ["attention_rows_total", "attention_entropy_nats_total"],
-    caveat: `exp of the mean entropy: tokens, geometric over heads. Neither large nor small is good. ${ATTENTION_CAVEAT}`,
+    caveat: `How many tokens attention is spread over: exp of its mean entropy. Neither large nor small is good. ${ATTENTION_CAVEAT}`,
     make: effectiveContextPanel,
   },
   {
@@ -68,14 +69,14 @@ const PANELS = [
     id: "canaries",
     title: "Canaries",
     families: ["canary_logprob", "canary_baseline_logprob"],
-    caveat: "Small copy and look-up probes with known answers, in nats. They show damage to the model or its cache, not how well your task goes.",
+    caveat: "Small copy and look-up probes with known answers, in nats per token; the baseline is the first run. They show damage to the model or its cache, not how well your task goes.",
     make: canariesPanel,
   },
   {
     id: "selftest",
     title: "Self-test and integrity",
     families: ["selftest_ok"],
-    caveat: "The self-test ran once, at the start, on the real device. Of the events, nan and sink lost mean damage; the entropy kinds are a hint to look.",
+    caveat: "The self-test ran once, at the start, on the real device: T1 weights and sums, T7 bounds of a mean, T13 entropy without structure, T19 cuts at pages. Of the events, nan and sink lost mean damage; the entropy kinds are a hint to look.",
     make: selftestPanel,
   },
   {
@@ -83,7 +84,7 @@ const PANELS = [
     title: "Recent requests",
     families: [],
     wide: true,
-    caveat: "The last thirty that ended, without texts, ids or tenants. Prefill is from the first turn to the first token, with what else ran beside it.",
+    caveat: "The last thirty that ended, without texts, ids or tenants. Prompt, output and cached are tokens. Prefill is from the first turn to the first token, with what else ran beside it.",
     make: recentPanel,
   },
 ];

@@ -10,52 +10,60 @@ function latencyPanel(family, middle, describeFit) {
     return ({ span, now }) => {
       const rows = span.byContext(family);
       if (!rows.length) return false;
-      const at = (what) => rows.map((row) => [middleOf(row.ctx), row[what]]);
+      const at = (what, some = rows) => some.map((row) => [middleOf(row.ctx), row[what]]);
       const fit = describeFit(now);
       const lines = [
         { label: middle, colour: "c1", points: true, at: at(middle) },
-        { label: "p95", colour: "c2", points: true, at: at("p95") },
-      ];
+        { label: "p95", colour: "c2", points: true, at: at("p95", rows.filter((row) => row.count >= 20)) },
+      ].filter((line) => line.at.length);
       if (fit.curve.length) lines.push({ label: "fit, alone", colour: "c3", dash: [6, 4], at: fit.curve });
       drawByContext(chart, secondsText, lines);
-      const counts = rows.map((row) => `${labelOf(row.ctx)}: ${numberText(row.count)}`).join(" · ");
+      const counts = rows.map((row) => `${labelOf(row.ctx)}:\u00a0${numberText(row.count)}`).join(" · ");
       note.replaceChildren(fit.text, element("br"), `Samples ${counts}`);
       return true;
     };
   };
 }
 
-// A cost model as a curve up to the longest context it has seen, and as words with its interval.
-function fitOf(now, phase, terms, cost) {
-  const [first, ...rest] = terms.map((term) => now.value("cost_fit_seconds", term));
+// A cost model of coefficients (of 1, n, n²) as a curve up to the longest context it has seen, and as words, in thousands
+// of tokens, with the interval of the `last` term.
+function fitOf(now, phase, what, coefficients, last) {
   const longest = now.value("cost_fit_max_tokens", phase);
-  const samples = now.value("cost_fit_samples", phase);
-  if (!Number.isFinite(first) || !(longest > 0)) return { curve: [], text: "No cost model yet." };
+  if (!coefficients.every(Number.isFinite) || !(longest > 0)) return { curve: [], text: "No fitted curve yet." };
+  const cost = (n) => coefficients.reduce((sum, each, power) => sum + each * n ** power, 0);
   const curve = [];
-  for (let n = 32; n < longest * 1.0001; n *= Math.SQRT2) curve.push([n, cost(n, first, ...rest)]);
-  curve.push([longest, cost(longest, first, ...rest)]);
-  const last = terms[terms.length - 1];
-  const [low, high] = ["lower95", "upper95"].map((end) => now.value(`cost_fit_${end}_seconds`, last));
-  const unit = last === "prefill_c" ? "s/token²" : "s/token";
-  const interval = Number.isFinite(low) ? ` (95 %: ${powerText(low)} to ${powerText(high)})` : "";
-  const slope = now.value("cost_fit_seconds", last);
+  for (let n = 32; n < longest; n *= Math.SQRT2) curve.push([n, cost(n)]);
+  curve.push([longest, cost(longest)]);
+  const scale = 1000 ** (coefficients.length - 1);
+  const terms = coefficients.map((each, power) => `${secondsText(each * 1000 ** power)}${["", "\u00a0n", "\u00a0n²"][power]}`);
+  const [low, high] = ["lower95", "upper95"].map((end) => secondsText(scale * now.value(`cost_fit_${end}_seconds`, last)));
+  const samples = numberText(now.value("cost_fit_samples", phase));
   return {
     curve,
     text:
-      `${last} ${powerText(slope)} ${unit}${interval}, from ${numberText(samples)} steps, ` +
-      `valid up to ${numberText(longest)} tokens`,
+      `${what}, n in thousands: ${terms.join(" + ")} (95 %: ${low} to ${high}), from ${samples} steps ` +
+      `up to ${numberText(longest)} tokens.`,
   };
 }
 
 function prefillFit(now) {
-  const fit = fitOf(now, "prefill", ["prefill_a", "prefill_b", "prefill_c"], (n, a, b, c) => a + b * n + c * n * n);
+  const coefficients = ["prefill_a", "prefill_b", "prefill_c"].map((term) => now.value("cost_fit_seconds", term));
+  const fit = fitOf(now, "prefill", "A prompt of n tokens alone", coefficients, "prefill_c");
   const crossover = now.value("cost_fit_crossover_tokens");
-  if (fit.curve.length && crossover > 0) fit.text += `; the quadratic term passes the linear one at ${numberText(crossover)}`;
+  if (fit.curve.length)
+    fit.text +=
+      crossover > 0 ? ` The square costs as much as the line at ${numberText(crossover)} tokens.` : " The square may be 0.";
   return fit;
 }
 
 function decodeFit(now) {
-  return fitOf(now, "decode", ["decode_a", "decode_row", "decode_b"], (n, a, row, b) => a + row + b * n);
+  const [step, row, token] = ["decode_a", "decode_row", "decode_b"].map((term) => now.value("cost_fit_seconds", term));
+  return fitOf(now, "decode", "A step of one answer at n tokens", [step + row, token], "decode_b");
+}
+
+// Stalls are counted from then on.
+function hasForecast(now) {
+  return Number.isFinite(now.value("cost_fit_seconds", "decode_a"));
 }
 
 function waitsPanel(body) {
@@ -80,7 +88,7 @@ function waitsPanel(body) {
           labelOf(ctx),
           `${running} + ${waiting}`,
           barCell([{ value: running, colour: "c1" }, { value: waiting, colour: "c2" }], most),
-          now.has("stall_caused_seconds_total") ? secondsText(caused) : "–",
+          caused || hasForecast(now) ? secondsText(caused) : "–",
           barCell([{ value: caused, colour: "c5" }], worst),
         ]),
       ),
@@ -106,7 +114,9 @@ function stallsPanel(body) {
     const series = causes.map((cause, index) => ({ label: cause, colour: `c${[2, 5, 4][index]}`, fill: true }));
     drawOverTime(chart, (v) => numberText(v), series, [history.times(), ...columns]);
     const totals = causes.map((cause) => `${cause} ${secondsText(span.count("stall_seconds_total", cause))}`);
-    note.textContent = `Suffered in all: ${totals.join(", ")}.`;
+    note.textContent =
+      `Suffered in all: ${totals.join(", ")}.` +
+      (hasForecast(now) ? "" : " Not counted before there is a forecast, which takes steps that only decode.");
     return true;
   };
 }
@@ -145,28 +155,30 @@ function effectiveContextPanel(body) {
 }
 
 function massesPanel(body) {
-  const key = legend({ c4: "sink (first tokens)", c1: "middle", c2: "recent" });
-  const holder = body.appendChild(element("div"));
-  body.prepend(key);
+  const holder = element("div");
+  const note = element("p", { class: "quiet" });
+  body.append(legend({ c4: "sink (first tokens)", c1: "between", c2: "recent" }), holder, note);
   return ({ span }) => {
     const rows = CTX.map((ctx) => {
       const cells = LAYERS.map((layers) => {
         const count = span.count("attention_rows_total", ctx, layers);
         const [sink, recent] = ["sink", "recent"].map((kind) => span.count(`attention_${kind}_mass_total`, ctx, layers) / count);
         if (!(count > 0)) return "–";
-        const percent = (part) => `${Math.round(100 * part)} %`;
-        return barCell(
-          [
-            { value: sink, colour: "c4", title: `sink ${percent(sink)}` },
-            { value: 1 - sink - recent, colour: "c1", title: `middle ${percent(1 - sink - recent)}` },
-            { value: recent, colour: "c2", title: `recent ${percent(recent)}` },
-          ],
-          1,
-        );
+        const shares = [sink, 1 - sink - recent, recent];
+        const cell = barCell(shares.map((value, index) => ({ value, colour: ["c4", "c1", "c2"][index] })), 1);
+        cell.append(element("small", {}, `${shares.map((share) => Math.round(100 * share)).join(" · ")}\u00a0%`));
+        return cell;
       });
       return cells.some((cell) => cell !== "–") ? [labelOf(ctx), ...cells] : null;
     }).filter(Boolean);
-    holder.replaceChildren(table(["context", ...LAYERS], rows));
+    holder.replaceChildren(table(["context", ...LAYERS.map((layers) => `${layers} layers`)], rows));
+    const pages = CTX.map((ctx) => [
+      ctx,
+      span.count("attention_pages95_total", ctx) / span.count("attention_sampled_rows_total", ctx),
+    ]).filter(([, mean]) => mean > 0);
+    note.textContent = pages.length
+      ? `Pages that hold 95 %: ${pages.map(([ctx, mean]) => `${labelOf(ctx)}:\u00a0${numberText(mean, 2)}`).join(" · ")}`
+      : "";
     return rows.length > 0;
   };
 }
@@ -208,11 +220,11 @@ function canariesPanel(body) {
       const baseline = now.value("canary_baseline_logprob", task, ctx);
       const change = logprob - baseline;
       const verdict = element("td", { class: change < -0.3 ? "bad" : "good" }, numberText(change, 2));
-      return [task.replace("_", "-"), ctx, numberText(logprob), numberText(baseline), verdict];
+      return [task.replace("_", "-"), tokensText(Number(ctx)), numberText(logprob), numberText(baseline), verdict];
     });
     const runs = [...now.series("canary_runs_total").values()].map(([[result], count]) => `${result} ${count}`);
     body.replaceChildren(
-      table(["task", "context", "log-probability", "baseline", "change"], rows),
+      table(["task", "context", "log-prob.", "baseline", "change"], rows),
       element("p", { class: "quiet" }, `Runs: ${runs.join(", ")}`),
     );
     return rows.length > 0;
@@ -227,7 +239,7 @@ function selftestPanel(body) {
       `${numberText(100 * now.value("selftest_max_error", test), 2)} %`,
     ]);
     const events = [...now.series("integrity_events_total").values()].map(([[kind], count]) =>
-      element("span", { class: count && !kind.startsWith("entropy") ? "bad" : "" }, `${kind.replace("_", " ")} ${count}`),
+      element("span", { class: count && !kind.startsWith("entropy") ? "bad" : "" }, `${kind.replace("_", "\u00a0")}\u00a0${count}`),
     );
     const listed = events.flatMap((each, i) => (i ? [", ", each] : [each]));
     body.replaceChildren(
@@ -240,7 +252,7 @@ function selftestPanel(body) {
 
 function recentPanel(body) {
   return ({ now }) => {
-    const heads = ["ended", "prompt", "output", "queued", "prefill", "mean gap", "in all", "cached", "preempted", "why"];
+    const heads = ["ended", "prompt", "output", "queued", "prefill", "mean gap", "in all", "cached", "preempted", "ended by"];
     const rows = now.recent.map((request) => [
       `${Math.round(request.ended)} s ago`,
       numberText(request.prompt_tokens),

@@ -9,13 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stack
 
+from pagestream.server.live import live_page
 from tests.support.process import ServerProcess
 from tests.support.waiting import WAIT, wait_until
 from tests.support.watching import Prometheus, free_ports, get_json, traffic
@@ -172,16 +175,39 @@ PANELS = {  # what each needs, so that it shows data where the server has them a
 }
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_the_live_page_in_a_browser(width: int, busy: ServerProcess, tmp_path: Path) -> None:
+def browse(url: str, width: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The document after seven seconds on stdout, the console among what is on stderr."""
     need("chromium")
-    before = get_json(f"http://{busy.http_address}/live.json")["families"]
     quiet = ["--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    page = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", *quiet, "--enable-logging=stderr", f"--user-data-dir={tmp_path}",
-         f"--window-size={width},1000", "--virtual-time-budget=7000", "--dump-dom", f"http://{busy.http_address}/"],
+    return subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", *quiet, "--enable-logging=stderr", f"--user-data-dir={folder}",
+         f"--window-size={width},1000", "--virtual-time-budget=7000", "--dump-dom", url],
         check=True, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+
+
+def test_the_live_page_says_why_it_has_no_numbers(tmp_path: Path) -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/" else 503)
+            self.end_headers()
+            self.wfile.write(live_page().encode() if self.path == "/" else b"not JSON")
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        dom = browse(f"http://127.0.0.1:{server.server_port}/", 1280, tmp_path).stdout
+        server.shutdown()
+    assert "<title>pagestream: unreachable</title>" in dom
+    assert "The server answers 503 Service Unavailable." in dom
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_live_page_in_a_browser(width: int, busy: ServerProcess, tmp_path: Path) -> None:
+    before = get_json(f"http://{busy.http_address}/live.json")["families"]
+    page = browse(f"http://{busy.http_address}/", width, tmp_path)
     after = get_json(f"http://{busy.http_address}/live.json")["families"]
     dom = page.stdout
     assert "<title>pagestream: ready</title>" in dom

@@ -238,6 +238,10 @@ def test_a_card_of_a_real_server_repeats_and_stands_alone(
     page = write(card, tmp_path, "card", document)[1].read_text()
     assert "SmolLM2-135M-Instruct" in page
     assert page.count("<svg") >= 2
+    for point in card["dilution"]["points"]:
+        assert 1 <= point["pages_for_95"]["value"] <= -(-(point["tokens"] + 16) // 32)
+        assert sum(point["band_mass"]) == pytest.approx(1, abs=1e-4)
+    assert all(title in page for title in ("How to read this", "Pages that hold 95 %", "By distance"))
     assert not re.search(r"""(?:src|href)=["']?(?!#)""", page.replace("xlink:href", ""))
     assert "not reported by this server" not in json.dumps(card["latency"])
     [point] = card["interference"]["points"]

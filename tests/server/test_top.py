@@ -48,12 +48,16 @@ def test_it_shows_what_happened_between_two_readings(make_metrics: Callable[...,
     metrics.snapshot = EngineSnapshot(running_contexts=(5, 600), free_blocks=75, active_blocks=25)
     lines = shown(read(metrics), before, 10.0)
     assert lines[0].startswith("m · ")
-    assert lines[1] == "2 running · 0 waiting · KV 25% · 2 tokens/s · 0 prompt tokens/s"
+    assert lines[1] == "2 running · 0 waiting · KV pool 25% in use · 2 tokens/s · 0 prompt tokens/s"
     assert lines[2] == "stalled by nobody"
     rows = {line.split("  ")[0].strip(): line.split() for line in lines if line.strip().startswith("≤")}
     assert set(rows) == {"≤ 256", "≤ 512"}, "nothing came of longer ones meanwhile"
     assert rows["≤ 256"][2:7] == ["4", "15", "ms", "19.5", "ms"]  # between the edges 10 and 20 ms
     assert "≤ 8,192" in "\n".join(shown(read(metrics), None, None)), "but since the start"
+
+
+def test_a_server_that_loads_its_model_can_be_watched() -> None:
+    assert shown(read(Metrics()), None, None)[0] == "no model · loading"
 
 
 @pytest.fixture
