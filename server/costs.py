@@ -75,12 +75,15 @@ class Costs:
         return self._pace.prompt_tokens(running)
 
     def estimate(self, prompt: Sequence[int], tenant: str) -> Estimate:
-        return self._forecast.estimate(prompt, tenant, self._answer_tokens)
+        """Of a prompt that is sent when this is known, so it is not in the step that is about to begin."""
+        return self._forecast.estimate(prompt, tenant, self._answer_tokens, self._forecast.next_step())
 
     @contained(None)
     def predict(self, job: Job) -> None:
         """Before it is admitted: tells it when its first token will come, counted from its receipt."""
-        if (first := self.estimate(job.request.tokens, job.request.tenant).first_token) is not None:
+        request = job.request
+        first = self._forecast.estimate(request.tokens, request.tenant, self._answer_tokens).first_token
+        if first is not None:
             job.predicted_first_token = self._clock() - job.received + first
 
     @contained(None)

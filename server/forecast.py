@@ -51,13 +51,14 @@ class Forecast:
         self._scheduler = scheduler
         self._pool = pool
 
-    def estimate(self, prompt: Sequence[int], tenant: str, answer_tokens: float) -> Estimate:
-        """Of a prompt that is not in the queue yet; a usual answer has `answer_tokens`."""
+    def estimate(self, prompt: Sequence[int], tenant: str, answer_tokens: float, soonest: float = 0.0) -> Estimate:
+        """Of a prompt that is not in the queue yet, and no step begins to read before `soonest`; a usual answer has
+        `answer_tokens`."""
         found = self._pool.find(tenant, prompt, len(prompt) - 1)
         cached = len(found.block_ids) * self._pool.block_size + found.num_copyable
-        return self.of_length(len(prompt), cached, answer_tokens)
+        return self.of_length(len(prompt), cached, answer_tokens, soonest)
 
-    def of_length(self, num_tokens: int, cached: int, answer_tokens: float) -> Estimate:
+    def of_length(self, num_tokens: int, cached: int, answer_tokens: float, soonest: float = 0.0) -> Estimate:
         """As `estimate`, of a prompt of which so many tokens are cached."""
         model, own = self._model, prompt_from(cached, num_tokens)
         decodes = decodes_at([request.num_tokens for request in self._scheduler.running if request.num_uncomputed == 1])
@@ -66,6 +67,7 @@ class Forecast:
         if model.knows("prefill"):
             ahead = self._ahead_of(own.tokens)
             queue = self._wait_for_place(answer_tokens, decodes) + self._seconds(ahead.work, decodes)
+            queue = max(queue, soonest)
             beside = decodes.beside(ahead.joining)
             first_token = queue + self._seconds_to_end(own, beside, has_company=ahead.has_company)
             alone = self._num_steps(own, decodes) * model.predict(decodes)
@@ -74,15 +76,33 @@ class Forecast:
         samples = model.samples["prefill"]
         return Estimate(num_tokens, cached, queue, first_token, stall, gap_after, extrapolated, samples)
 
+    def next_step(self) -> float:
+        """How long the step takes that is about to begin; 0 if there is nothing to do."""
+        running = self._scheduler.running
+        prompts = self._waiting()
+        for request in running:
+            if request.num_uncomputed > 1:
+                prompts = prompts.beside(prompt_from(request.num_computed, request.num_tokens))
+        decodes = decodes_at([request.num_tokens for request in running if request.num_uncomputed == 1])
+        if not prompts.tokens:
+            return self._model.predict(decodes) if decodes.rows else 0.0
+        limit = self._pace.prompt_tokens(running)
+        most = self._scheduler.token_budget if limit is None else limit
+        share = min(most / prompts.tokens, 1.0)
+        return self._model.step_seconds(decodes) + share * self._model.prompt_seconds(prompts, decodes)
+
     def backlog(self) -> float:
         """Seconds until what waits now is read, if nothing else is; 0 before there is a cost model."""
-        totals = self._scheduler.waiting.totals
-        work = Work(tokens=sum(t.tokens for t in totals), squares=sum(t.squares for t in totals))
-        return self._seconds(work, Work())
+        return self._seconds(self._waiting(), Work())
 
     def seconds_per_token(self) -> float:
         """Of a prompt that fills a step."""
         return self._seconds(prompt_from(0, self._scheduler.token_budget), Work()) / self._scheduler.token_budget
+
+    def _waiting(self) -> Work:
+        """What it takes to read what waits."""
+        totals = self._scheduler.waiting.totals
+        return Work(tokens=sum(t.tokens for t in totals), squares=sum(t.squares for t in totals))
 
     def _ahead_of(self, tokens: int) -> _Ahead:
         """Of a newcomer with so many tokens to read."""
