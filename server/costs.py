@@ -98,7 +98,9 @@ class Costs:
     ) -> None:
         """A step has run; its tokens are not in the jobs yet."""
         work = work_of(plan.chunks)
-        self._step = work, max(chunk.end for chunk in plan.chunks)
+        # Rows with a given token cost several times what a prompt's do, and say nothing of either.
+        is_scoring = any(chunk.given and not chunk.is_prefill for chunk in plan.chunks)
+        self._step = None if is_scoring else (work, max(chunk.end for chunk in plan.chunks))
         tokens = [_token_of(jobs[advance.request.request_id], now) for advance in advances if advance.sampled]
         chunks = [
             PromptChunk(job.ledger, chunk.num_prompt_tokens, work_of((chunk,)))

@@ -12,10 +12,11 @@ from pagestream.model.step import StepPlan
 from pagestream.server.events import Finished
 from pagestream.server.forecast import Estimate
 from pagestream.server.metrics import Metrics
-from tests.support.fakes import FakeClock, Rig
+from tests.support.fakes import FakeClock, Rig, make_scored
 from tests.support.waiting import WAIT
 
 STEP, ROW, CONTEXT, TOKEN, SQUARE, TARGET = 0.008, 0.0005, 1e-6, 4e-4, 3e-8, 0.06
+SCORED = 0.004  # beside that, of a row with a given token
 
 
 def text(seed: int, length: int) -> str:
@@ -41,6 +42,7 @@ class Machine:
                 self._clock.now += ROW + CONTEXT * chunk.end
             else:
                 self._clock.now += TOKEN * chunk.length + SQUARE * (chunk.end**2 - chunk.start**2)
+                self._clock.now += SCORED * len(chunk.sampled_positions) * bool(chunk.given)
         self._clock.now += STEP
 
     def steps(self, count: int) -> None:
@@ -157,6 +159,17 @@ def test_stalls_of_others_are_those_that_the_ledger_finds(make_machine: Callable
     assert estimate.queue == pytest.approx(STEP + 3 * ROW + CONTEXT * 3 * 130, rel=0.1)  # of the step it misses
     assert not estimate.extrapolated
     assert estimate.samples > 50
+
+
+def test_scoring_an_answer_teaches_nothing_false_of_prompts(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    before = machine.rig.engine.estimate(list(b"new"), "").result(WAIT)
+    job = make_scored("scored", "?", text(3, 2047), machine.rig.engine.clock())
+    machine.rig.engine.inbox.submit(job)
+    machine.rig.runner.allow()
+    machine.rig.recorder.end_of("scored")
+    after = machine.rig.engine.estimate(list(b"new"), "").result(WAIT)
+    assert after.first_token == pytest.approx(before.first_token, rel=0.1)
 
 
 def test_longer_than_any_seen_is_extrapolated(make_machine: Callable[..., Machine]) -> None:
