@@ -98,7 +98,7 @@ class Costs:
     ) -> None:
         """A step has run; its tokens are not in the jobs yet."""
         work = work_of(plan.chunks)
-        # Rows with a given token cost several times what a prompt's do, and say nothing of either.
+        # Rows with a given token cost several times what those of a prompt do.
         is_scoring = any(chunk.given and not chunk.is_prefill for chunk in plan.chunks)
         self._step = None if is_scoring else (work, max(chunk.end for chunk in plan.chunks))
         tokens = [_token_of(jobs[advance.request.request_id], now) for advance in advances if advance.sampled]
