@@ -161,6 +161,18 @@ def test_stalls_of_others_are_those_that_the_ledger_finds(make_machine: Callable
     assert estimate.samples > 50
 
 
+def test_whoever_is_refused_is_told_when_the_prompts_that_run_are_read(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    jobs = [machine.rig.submit(f"other {seed}", prompt=text(60 + seed, 2000), max_new_tokens=9) for seed in range(6)]
+    machine.steps(2)
+    now, told = machine.rig.engine.clock(), machine.rig.engine.inbox.predicted_wait
+    machine.rig.runner.allow()
+    for job in jobs:
+        machine.rig.recorder.end_of(job.request.request_id)
+    last = max(job.first_token or 0.0 for job in jobs)
+    assert told == pytest.approx(last - now, rel=0.2)
+
+
 def test_scoring_an_answer_teaches_nothing_false_of_prompts(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine()
     before = machine.rig.engine.estimate(list(b"new"), "").result(WAIT)
