@@ -21,7 +21,7 @@ from pagestream.server.scheduler import Advance, Scheduler
 SHORT_PROMPT = 32  # tokens, whose time to a first token is a metric
 _EXPORT_SECONDS = 1.0
 _REST = 8  # so many steps are shown when work ends, and not only with those to come
-_ANSWER_MEMORY = 0.95
+_USUAL_MEMORY = 0.95
 
 Records = list[tuple[str, float, LabelValues]]
 
@@ -55,7 +55,8 @@ class Costs:
         self._forecast = Forecast(pace, scheduler, pool)
         self._ledger = Ledger(self._model)
         self._answer_tokens = 64.0  # of a usual answer
-        self._seconds_per_token = 0.0  # of a prompt, as of the latest that was read
+        self._prompt_tokens = float(scheduler.token_budget)  # of a usual prompt
+        self._seconds_per_token = 0.0  # of a usual prompt, as of the latest that was read
         self._step: tuple[Work, int] | None = None  # the latest, and the longest context in it
         self._next_export = 0.0
         self._unexported = 0  # steps
@@ -63,24 +64,30 @@ class Costs:
 
     @contained((0.0, 0.0))
     def backlog(self) -> tuple[float, float]:
-        """Seconds until what waits now is read, and seconds for each token that would wait, too."""
-        return self._forecast.backlog() if self._scheduler.num_waiting else 0.0, self._seconds_per_token
+        """Seconds until what there is to read is read, and seconds for each token that would wait, too."""
+        return self._forecast.backlog(self._answer_tokens) if self._has_prompts else 0.0, self._seconds_per_token
 
     @contained(cast("int | None", MIN_PROMPT_TOKENS))
     def prompt_limit(self) -> int | None:
         """How many prompt tokens the next step may read; not worked out where there are none to read."""
+        return self._pace.prompt_tokens(self._scheduler.running) if self._has_prompts else None
+
+    @property
+    def _has_prompts(self) -> bool:
+        """Whether there are any to read."""
         running = self._scheduler.running
-        if not self._scheduler.num_waiting and all(request.num_uncomputed == 1 for request in running):
-            return None
-        return self._pace.prompt_tokens(running)
+        return bool(self._scheduler.num_waiting) or any(request.num_uncomputed > 1 for request in running)
 
     def estimate(self, prompt: Sequence[int], tenant: str) -> Estimate:
-        return self._forecast.estimate(prompt, tenant, self._answer_tokens)
+        """Of a prompt that is sent when this is known, so it is not in the step that is about to begin."""
+        return self._forecast.estimate(prompt, tenant, self._answer_tokens, self._forecast.next_step())
 
     @contained(None)
     def predict(self, job: Job) -> None:
         """Before it is admitted: tells it when its first token will come, counted from its receipt."""
-        if (first := self.estimate(job.request.tokens, job.request.tenant).first_token) is not None:
+        request = job.request
+        first = self._forecast.estimate(request.tokens, request.tenant, self._answer_tokens).first_token
+        if first is not None:
             job.predicted_first_token = self._clock() - job.received + first
 
     @contained(None)
@@ -95,7 +102,9 @@ class Costs:
     ) -> None:
         """A step has run; its tokens are not in the jobs yet."""
         work = work_of(plan.chunks)
-        self._step = work, max(chunk.end for chunk in plan.chunks)
+        # Rows with a given token cost several times what those of a prompt do.
+        is_scoring = any(chunk.given and not chunk.is_prefill for chunk in plan.chunks)
+        self._step = None if is_scoring else (work, max(chunk.end for chunk in plan.chunks))
         tokens = [_token_of(jobs[advance.request.request_id], now) for advance in advances if advance.sampled]
         chunks = [
             PromptChunk(job.ledger, chunk.num_prompt_tokens, work_of((chunk,)))
@@ -111,7 +120,9 @@ class Costs:
         self._metrics.book(counts, samples)
         for advance in advances:
             if advance.request.is_finished:
-                self._answer_tokens += (1 - _ANSWER_MEMORY) * (advance.request.num_output_tokens - self._answer_tokens)
+                request = advance.request
+                self._answer_tokens += (1 - _USUAL_MEMORY) * (request.num_output_tokens - self._answer_tokens)
+                self._prompt_tokens += (1 - _USUAL_MEMORY) * (request.num_prompt_tokens - self._prompt_tokens)
 
     @contained(None)
     def end_of_turn(self, seconds: float) -> None:
@@ -122,7 +133,7 @@ class Costs:
             if ratio is not None:
                 self._metrics.book((), [("cost_residual_ratio", ratio, (work.phase,))])
             if work.tokens:
-                self._seconds_per_token = self._forecast.seconds_per_token()
+                self._seconds_per_token = self._forecast.seconds_per_token(round(self._prompt_tokens))
             self._unexported += 1
         at_rest = not self._scheduler.has_work
         if self._unexported and (self._clock() >= self._next_export or (self._unexported >= _REST and at_rest)):

@@ -41,7 +41,7 @@ from pagestream.server.scheduler import Advance, Scheduler
 
 log = logging.getLogger(__name__)
 
-_HANGS_UP_EARLY = 0.05  # seconds before its deadline by our clock: a client's own began when it sent the request
+HANGS_UP_EARLY = 0.05  # seconds before its deadline by our clock: a client's own began when it sent the request
 
 
 class Engine:
@@ -137,7 +137,7 @@ class Engine:
             self._give_way()
         for job, seen in mail.cancels:
             if not job.is_finished:  # it may have ended by itself meanwhile
-                if job.deadline is not None and seen >= job.deadline - _HANGS_UP_EARLY:
+                if job.deadline is not None and seen >= job.deadline - HANGS_UP_EARLY:
                     self._end_late(job, seen)
                 else:
                     self._end(job, FinishReason.CANCELLED)

@@ -51,21 +51,23 @@ class Forecast:
         self._scheduler = scheduler
         self._pool = pool
 
-    def estimate(self, prompt: Sequence[int], tenant: str, answer_tokens: float) -> Estimate:
-        """Of a prompt that is not in the queue yet; a usual answer has `answer_tokens`."""
+    def estimate(self, prompt: Sequence[int], tenant: str, answer_tokens: float, soonest: float = 0.0) -> Estimate:
+        """Of a prompt that is not in the queue yet, and no step begins to read before `soonest`; a usual answer has
+        `answer_tokens`."""
         found = self._pool.find(tenant, prompt, len(prompt) - 1)
         cached = len(found.block_ids) * self._pool.block_size + found.num_copyable
-        return self.of_length(len(prompt), cached, answer_tokens)
+        return self.of_length(len(prompt), cached, answer_tokens, soonest)
 
-    def of_length(self, num_tokens: int, cached: int, answer_tokens: float) -> Estimate:
+    def of_length(self, num_tokens: int, cached: int, answer_tokens: float, soonest: float = 0.0) -> Estimate:
         """As `estimate`, of a prompt of which so many tokens are cached."""
         model, own = self._model, prompt_from(cached, num_tokens)
-        decodes = decodes_at([request.num_tokens for request in self._scheduler.running if request.num_uncomputed == 1])
+        decodes = self._decodes()
         gap_after = model.predict(decodes.beside(decodes_at([num_tokens]))) if model.knows("decode") else None
         queue = first_token = stall = None
         if model.knows("prefill"):
             ahead = self._ahead_of(own.tokens)
             queue = self._wait_for_place(answer_tokens, decodes) + self._seconds(ahead.work, decodes)
+            queue = max(queue, soonest)
             beside = decodes.beside(ahead.joining)
             first_token = queue + self._seconds_to_end(own, beside, has_company=ahead.has_company)
             alone = self._num_steps(own, decodes) * model.predict(decodes)
@@ -74,15 +76,36 @@ class Forecast:
         samples = model.samples["prefill"]
         return Estimate(num_tokens, cached, queue, first_token, stall, gap_after, extrapolated, samples)
 
-    def backlog(self) -> float:
-        """Seconds until what waits now is read, if nothing else is; 0 before there is a cost model."""
-        totals = self._scheduler.waiting.totals
-        work = Work(tokens=sum(t.tokens for t in totals), squares=sum(t.squares for t in totals))
-        return self._seconds(work, Work())
+    def next_step(self) -> float:
+        """How long the step takes that is about to begin; 0 if there is nothing to do."""
+        prompts, decodes = self._prompts(), self._decodes()
+        if not prompts.tokens:
+            return self._model.predict(decodes) if decodes.rows else 0.0
+        limit = self._pace.prompt_tokens(self._scheduler.running)
+        most = self._scheduler.token_budget if limit is None else limit
+        share = min(most / prompts.tokens, 1.0)
+        return self._model.step_seconds(decodes) + share * self._model.prompt_seconds(prompts, decodes)
 
-    def seconds_per_token(self) -> float:
-        """Of a prompt that fills a step."""
-        return self._seconds(prompt_from(0, self._scheduler.token_budget), Work()) / self._scheduler.token_budget
+    def backlog(self, answer_tokens: float) -> float:
+        """Seconds until all prompts are read that run or wait now, and one more would have a place; 0 before there is a
+        cost model. Beside one answer at least: those who are read begin theirs."""
+        prompts, decodes = self._prompts(), self._decodes()
+        place = self._wait_for_place(answer_tokens, decodes) if self._scheduler.num_waiting else 0.0
+        return place + self._seconds(prompts, decodes if decodes.rows else decodes_at([1]))
+
+    def seconds_per_token(self, prompt_tokens: int) -> float:
+        """Of prompts of that length, in a backlog."""
+        return self._seconds(prompt_from(0, prompt_tokens), decodes_at([1])) / prompt_tokens
+
+    def _decodes(self) -> Work:
+        return decodes_at([request.num_tokens for request in self._scheduler.running if request.num_uncomputed == 1])
+
+    def _prompts(self) -> Work:
+        """What is left to read of those that run and those that wait."""
+        reading = [request for request in self._scheduler.running if request.num_uncomputed > 1]
+        works = [prompt_from(request.num_computed, request.num_tokens) for request in reading]
+        works += [Work(tokens=total.tokens, squares=total.squares) for total in self._scheduler.waiting.totals]
+        return reduce(Work.beside, works, Work())
 
     def _ahead_of(self, tokens: int) -> _Ahead:
         """Of a newcomer with so many tokens to read."""
@@ -109,7 +132,7 @@ class Forecast:
             return work.tokens / most
         left = self._pace.seconds_for_prompts(decodes)  # 0 beside decodes of unknown cost, where steps miss the target
         steps = self._model.prompt_seconds(work, decodes) / left if left > 0 else math.inf
-        return min(max(steps, work.tokens / most), work.tokens / MIN_PROMPT_TOKENS)
+        return max(min(steps, work.tokens / MIN_PROMPT_TOKENS), work.tokens / most)
 
     def _seconds(self, work: Work, decodes: Work) -> float:
         fixed = self._model.step_seconds(decodes)

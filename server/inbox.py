@@ -144,7 +144,7 @@ class Inbox:
 
     @property
     def predicted_wait(self) -> float:
-        """Seconds until what waits now is read, from 1 to 60."""
+        """Seconds until what there is to read now is read, from 1 to 60."""
         return min(max(self._predicted_wait, 1.0), 60.0)
 
     def stop(self) -> None:

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from pagestream.server import status
 from pagestream.server.call import Call, enter
 from pagestream.server.door import Door
+from pagestream.server.engine import HANGS_UP_EARLY
 from pagestream.server.errors import EngineFaultError, InvalidFieldError, RequestError, UnauthenticatedError
 from pagestream.server.metrics import Metrics
 
@@ -130,10 +131,13 @@ def _parse(data: bytes, parse: Callable[[bytes], Any]) -> Any:
 
 
 def _code(call: Call, context: Context) -> str:
-    """The status as a name: what the handler set, OK if it came to its end, CANCELLED for a client that left before
-    (`context.cancelled()` is false then).
+    """The status as a name: what the handler set, OK if it came to its end; for a client that left before
+    DEADLINE_EXCEEDED at its deadline, else CANCELLED (`context.cancelled()` is false then).
     """
     code = context.code()
     if code:
         return code.name if isinstance(code, grpc.StatusCode) else _NAMES[code]
-    return "OK" if call.is_complete else "CANCELLED"
+    if call.is_complete:
+        return "OK"
+    remaining = context.time_remaining()
+    return "CANCELLED" if remaining is None or remaining > HANGS_UP_EARLY else "DEADLINE_EXCEEDED"

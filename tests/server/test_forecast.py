@@ -12,10 +12,11 @@ from pagestream.model.step import StepPlan
 from pagestream.server.events import Finished
 from pagestream.server.forecast import Estimate
 from pagestream.server.metrics import Metrics
-from tests.support.fakes import FakeClock, Rig
+from tests.support.fakes import FakeClock, Rig, make_scored
 from tests.support.waiting import WAIT
 
 STEP, ROW, CONTEXT, TOKEN, SQUARE, TARGET = 0.008, 0.0005, 1e-6, 4e-4, 3e-8, 0.06
+SCORED = 0.004  # beside that, of each row with a given token but one
 
 
 def text(seed: int, length: int) -> str:
@@ -41,6 +42,7 @@ class Machine:
                 self._clock.now += ROW + CONTEXT * chunk.end
             else:
                 self._clock.now += TOKEN * chunk.length + SQUARE * (chunk.end**2 - chunk.start**2)
+                self._clock.now += SCORED * max(len(chunk.sampled_positions) - 1, 0)
         self._clock.now += STEP
 
     def steps(self, count: int) -> None:
@@ -127,6 +129,20 @@ def test_cached_tokens_are_counted_and_not_taken(make_machine: Callable[..., Mac
     assert machine.first_token_of(prompt) == pytest.approx(again.first_token, rel=0.1)
 
 
+@pytest.mark.parametrize("before", [[8000], [100, 100, 100]])
+def test_who_asks_first_misses_the_step_that_begins_meanwhile(
+    make_machine: Callable[..., Machine], before: list[int]
+) -> None:
+    machine = make_machine()
+    for other, tokens in enumerate(before):
+        machine.rig.submit(f"other {other}", prompt=text(50 + other, tokens), max_new_tokens=900)
+    machine.steps(2)
+    prompt = text(99, 20)
+    estimate = machine.estimate(prompt)
+    machine.rig.runner.hold()
+    assert machine.first_token_of(prompt) == pytest.approx(estimate.first_token, rel=0.1)
+
+
 def test_stalls_of_others_are_those_that_the_ledger_finds(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine()
     for stream in range(3):
@@ -140,8 +156,32 @@ def test_stalls_of_others_are_those_that_the_ledger_finds(make_machine: Callable
     machine.rig.recorder.end_of("prompt")
     assert estimate.stall_for_others == pytest.approx(job.ledger.caused, rel=0.15)
     assert estimate.gap_after == pytest.approx(STEP + 4 * ROW + CONTEXT * (3 * 130 + 4000), rel=0.1)
-    assert (estimate.queue, estimate.extrapolated) == (0.0, False)
+    assert estimate.queue == pytest.approx(STEP + 3 * ROW + CONTEXT * 3 * 130, rel=0.1)  # of the step it misses
+    assert not estimate.extrapolated
     assert estimate.samples > 50
+
+
+def test_whoever_is_refused_is_told_when_the_prompts_that_run_are_read(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    jobs = [machine.rig.submit(f"other {seed}", prompt=text(60 + seed, 2000), max_new_tokens=9) for seed in range(6)]
+    machine.steps(2)
+    now, told = machine.rig.engine.clock(), machine.rig.engine.inbox.predicted_wait
+    machine.rig.runner.allow()
+    for job in jobs:
+        machine.rig.recorder.end_of(job.request.request_id)
+    last = max(job.first_token or 0.0 for job in jobs)
+    assert told == pytest.approx(last - now, rel=0.2)
+
+
+def test_scoring_an_answer_teaches_nothing_false_of_prompts(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine()
+    before = machine.rig.engine.estimate(list(b"new"), "").result(WAIT)
+    job = make_scored("scored", "?", text(3, 2047), machine.rig.engine.clock())
+    machine.rig.engine.inbox.submit(job)
+    machine.rig.runner.allow()
+    machine.rig.recorder.end_of("scored")
+    after = machine.rig.engine.estimate(list(b"new"), "").result(WAIT)
+    assert after.first_token == pytest.approx(before.first_token, rel=0.1)
 
 
 def test_longer_than_any_seen_is_extrapolated(make_machine: Callable[..., Machine]) -> None:

@@ -101,15 +101,15 @@ def test_who_is_alone_may_fill_the_queue_and_gives_way_to_whoever_comes() -> Non
 def test_the_wait_to_come_is_that_of_reading_what_waits_at_the_speed_of_late(
     make_metrics: Callable[..., Metrics],
 ) -> None:
-    """Steps that only decode do not count: 2 s for 4 prompt tokens each, then 100 decodes of 2 s."""
+    """Steps that only decode do not count: 2 s for 16 prompt tokens each, then 100 decodes of 2 s."""
     clock = FakeClock()
-    rig = Rig(make_metrics(), clock=clock, token_budget=4, max_running=1)
+    rig = Rig(make_metrics(), clock=clock, token_budget=16, max_running=1)
     rig.runner.on_step = lambda _plan: setattr(clock, "now", clock.now + 2)
-    rig.submit("first", prompt="x" * 40, max_new_tokens=100)
+    rig.submit("first", prompt="x" * 160, max_new_tokens=100)
     rig.recorder.end_of("first")
     rig.runner.hold()
     rig.submit("runs", prompt="x", max_new_tokens=50)
     rig.runner.wait_until_held()
-    rig.submit("waits", prompt="x" * 40)
-    assert rig.engine.inbox.predicted_wait == pytest.approx(40 * 2 / 4, rel=0.1)
+    rig.submit("waits", prompt="y" * 160)
+    assert rig.engine.inbox.predicted_wait == pytest.approx(160 * 2 / 16, rel=0.1)
     rig.close()

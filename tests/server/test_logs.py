@@ -172,3 +172,20 @@ def test_a_wrong_token_is_not_repeated(make_service: MakeService, logged: io.Str
     [line] = calls_in(logged, 1)
     assert "UNAUTHENTICATED" in line
     assert SECRET not in logged.getvalue() + refusal.got.message
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_call_that_ends_at_its_deadline_is_not_said_to_be_cancelled(
+    make_service: MakeService, logged: io.StringIO, *, streams: bool
+) -> None:
+    service = make_service(listening={"sinks": [log_call]})
+    service.rig.runner.hold()
+    generation = service.client.generation
+    late = (
+        generation.GenerateStream(pb.GenerateStreamRequest(text="x"), timeout=0.2)
+        if streams
+        else generation.Generate.future(pb.GenerateRequest(text="x"), timeout=0.2)
+    )
+    assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    [line] = calls_in(logged, 1)
+    assert "status=DEADLINE_EXCEEDED" in line
