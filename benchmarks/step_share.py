@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +160,21 @@ async def measure(server: Server, streams: int) -> dict[str, float]:
     return {"step_ms": spent["wall"] / spent["network calls"] / 1e6, **shares}
 
 
+def measure_until(deadline: float, server: Server, streams: Sequence[int]) -> list[dict[int, dict[str, float]]]:
+    """Rounds: at least one; another only if it will be over by then, should it take as long as the longest."""
+    rounds: list[dict[int, dict[str, float]]] = []
+    longest = 0.0
+    while not rounds or time.monotonic() + longest <= deadline:
+        begun = time.monotonic()
+        rounds.append({n: asyncio.run(measure(server, n)) for n in streams})
+        longest = max(longest, time.monotonic() - begun)
+    return rounds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=150.0, help="for all rounds together with the server's start")
+    parser.add_argument("--streams", type=int, nargs="+", choices=NEW_TOKENS, default=list(NEW_TOKENS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -170,16 +182,18 @@ def main() -> None:
     if options.serve:
         serve_and_count()
         return
+    deadline = time.monotonic() + options.seconds
     server = Server()
     try:
-        rounds = [{n: asyncio.run(measure(server, n)) for n in NEW_TOKENS} for _ in range(options.rounds)]
+        rounds = measure_until(deadline, server, options.streams)
     finally:
         server.close()
-    result = {n: {key: statistics.median(r[n][key] for r in rounds) for key in rounds[0][n]} for n in NEW_TOKENS}
+    result = {n: {key: statistics.median(r[n][key] for r in rounds) for key in rounds[0][n]} for n in options.streams}
     for n, medians in result.items():
         line = "  ".join(f"{part} {share:6.1%}" for part, share in medians.items() if part != "step_ms")
         print(f"{n:2} streams  {medians['step_ms']:6.2f} ms  {line}", flush=True)  # noqa: T201 - a benchmark's output
-    save("step_share", {"read_bytes_per_second": read_bandwidth(), "streams": result}, options.out)
+    document = {"read_bytes_per_second": read_bandwidth(), "rounds": len(rounds), "streams": result}
+    save("step_share", document, options.out)
 
 
 if __name__ == "__main__":
