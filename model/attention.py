@@ -57,7 +57,7 @@ def summarize(
         pages = None
         if chunk.attention >= StatsLevel.PAGES:
             mass = next(masses)[..., : 1 + -(-n // page_size)]
-            pages = _pages(mass, page_size, itertools.islice(shares, len(chunk.spans)), chunk)
+            pages = _pages(mass, page_size, n, itertools.islice(shares, len(chunk.spans)), chunk)
         groups = next(means)
         return AttentionSummary(
             context=n if 0 in config.windows else min(n, max(config.windows)),
@@ -92,7 +92,7 @@ def _group(values: list[float]) -> GroupSummary:
     )
 
 
-def _pages(masses: Array, page_size: int, shares: Iterator[Array], chunk: Chunk) -> PageSummary:
+def _pages(masses: Array, page_size: int, n: int, shares: Iterator[Array], chunk: Chunk) -> PageSummary:
     """`masses` [L, Hq, 1 + pages] as in an Observation; `shares` of each span [L, Hq, 2]."""
     first, by_page = masses[..., 0], np.ascontiguousarray(masses[..., 1:])
     dropped = (np.cumsum(np.sort(by_page, axis=-1), axis=-1) <= 1 - _COVERED).sum(-1)  # of the smallest
@@ -102,7 +102,7 @@ def _pages(masses: Array, page_size: int, shares: Iterator[Array], chunk: Chunk)
         mass=tuple(by_page.mean((0, 1), dtype=np.float64).tolist()),
         entropy=float(entropy(by_page).mean()),
         pages95=float(by_page.shape[-1] - dropped.mean()),
-        **agreement(rest, page_size),
+        **agreement(rest, page_size, n),
         spans=tuple(_span(of_span, span, first) for of_span, span in zip(shares, chunk.spans, strict=True)),
         head_mass=by_page.tobytes(),
     )
