@@ -146,6 +146,8 @@ def _run_one(
     console.print(f"written to {folder}", style="dim")
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+    if summary["server_lost"]:
+        _fail(f"the server was gone at the end: {summary['server_lost']}", UNREACHABLE)
 
 
 @app.command(epilog="[dim]Exit codes: 0 no worse, 1 worse beyond the threshold, 2 nothing to compare.")

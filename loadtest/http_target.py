@@ -82,13 +82,24 @@ class HttpTarget(Target):
             if data == "[DONE]":
                 record.outcome = "ok"
                 return
-            self._note(json.loads(data), record, answer)
+            if problem := self._take(data, record, answer):
+                record.fail("INTERNAL", "", problem[:300])
+                return
             if call.fault and call.leaves_now(len(answer)):
                 record.outcome = "killed" if call.fault.kind == "kill" else "cancelled"
                 return
             if call.pause:
                 await asyncio.sleep(call.pause)
         record.fail("UNAVAILABLE", "", "the stream ended without [DONE]")
+
+    def _take(self, data: str, record: Record, answer: list[int]) -> str | None:
+        """What is wrong, if anything is: with 200 already said, servers tell of their failures in the stream."""
+        try:
+            event = json.loads(data)
+            self._note(event, record, answer)
+            return json.dumps(event["error"]) if event.get("error") else None
+        except (ValueError, TypeError, AttributeError):
+            return f"not an event: {data}"
 
     def _note(self, event: dict[str, Any], record: Record, answer: list[int]) -> None:
         now = self.clock()

@@ -49,8 +49,9 @@ async def run(
     show: Callable[[Progress], None],
     credentials: Credentials = ANONYMOUS,
 ) -> dict[str, Any]:
-    """The summary, which is also written. Without `metrics` the server's view is left out. `show` is called a few times
-    a second. Cancelling it ends the calls and writes down what there is.
+    """The summary, which is also written. Without `metrics` the server's view is left out; where it was lost meanwhile,
+    "server_lost" says so. `show` is called a few times a second. Cancelling it ends the calls and writes down what
+    there is.
 
     Raises TargetError if the server cannot be reached, or a worker fails.
     """
@@ -63,9 +64,13 @@ async def run(
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     with suppress(asyncio.CancelledError):
         await _work(plan, credentials, metrics, folder, progress, show)
-    after = await _scrape(metrics) if metrics else None
-    grown = deltas(before, after) if before is not None and after is not None else None
-    summary = summarize(progress.records, objectives, grown)
+    grown, lost = None, None
+    try:
+        after = await _scrape(metrics)
+        grown = deltas(before, after) if before is not None and after is not None else None
+    except TargetError as error:
+        lost = str(error)  # what was measured is kept
+    summary = {**summarize(progress.records, objectives, grown), "server_lost": lost}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return summary
 

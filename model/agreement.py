@@ -26,15 +26,16 @@ class Agreement(TypedDict):
     coherence_layers_null: float | None
 
 
-def agreement(masses: Array, page_size: int) -> Agreement:
+def agreement(masses: Array, page_size: int, context: int) -> Agreement:
     """Of `masses` [L, Hq, pages], without the first token; as step.py's PageSummary defines it. Heads that put less
-    than a thousandth there are left out."""
+    than a thousandth there are left out. Nulls are drawn anew for each `context`: one draw for all rows is no mean,
+    and of two members over two blocks it may turn both alike."""
     totals = masses.sum(-1, keepdims=True)
     counted = totals[..., 0] > LEAST_REST  # [L, Hq]
     heads = np.where(counted[..., None], masses / np.where(totals > 0, totals, 1), 0)
     per_layer = counted.sum(-1)
     layers = heads.sum(1) / np.maximum(per_layer, 1)[:, None]  # [L, pages]
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(context)
     of_heads = _over_sizes(heads, counted, page_size, random)
     of_layers = _over_sizes(layers[None], (per_layer > 0)[None], page_size, random)
     return Agreement(
@@ -81,7 +82,7 @@ def _over_sizes(members: Array, counted: npt.NDArray[np.bool_], page_size: int, 
 
 def _shifted_sum(blocks: Array, random: np.random.Generator) -> Array:
     """Over members of [sets, members, blocks], the blocks of each moved in a circle by its own distance: chance, but
-    the same for the same shape."""
+    the same for the same row."""
     sets, members, width = blocks.shape
     shifts = random.integers(width, size=(members, 1))
     places = np.arange(members)[:, None] * width + (np.arange(width) + shifts) % width

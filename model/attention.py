@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,7 +58,7 @@ def summarize(
         pages = None
         if chunk.attention >= StatsLevel.PAGES:
             mass = next(masses)[..., : 1 + -(-n // page_size)]
-            pages = _pages(mass, page_size, itertools.islice(shares, len(chunk.spans)), chunk)
+            pages = _pages(mass, page_size, itertools.islice(shares, len(chunk.spans)), chunk, config)
         groups = next(means)
         return AttentionSummary(
             context=n if 0 in config.windows else min(n, max(config.windows)),
@@ -92,23 +93,36 @@ def _group(values: list[float]) -> GroupSummary:
     )
 
 
-def _pages(masses: Array, page_size: int, shares: Iterator[Array], chunk: Chunk) -> PageSummary:
+def _pages(masses: Array, page_size: int, shares: Iterator[Array], chunk: Chunk, config: ModelConfig) -> PageSummary:
     """`masses` [L, Hq, 1 + pages] as in an Observation; `shares` of each span [L, Hq, 2]."""
     first, by_page = masses[..., 0], np.ascontiguousarray(masses[..., 1:])
     dropped = (np.cumsum(np.sort(by_page, axis=-1), axis=-1) <= 1 - _COVERED).sum(-1)  # of the smallest
     rest = by_page.copy()
     rest[..., 0] -= first
+    n, windows = chunk.observed_position + 1, Counter(config.windows)
     return PageSummary(
         mass=tuple(by_page.mean((0, 1), dtype=np.float64).tolist()),
         entropy=float(entropy(by_page).mean()),
         pages95=float(by_page.shape[-1] - dropped.mean()),
-        **agreement(rest, page_size),
-        spans=tuple(_span(of_span, span, first) for of_span, span in zip(shares, chunk.spans, strict=True)),
+        **agreement(rest, page_size, n),
+        spans=tuple(
+            _span(of_span, span, first, _uniform(span, n, windows))
+            for of_span, span in zip(shares, chunk.spans, strict=True)
+        ),
         head_mass=by_page.tobytes(),
     )
 
 
-def _span(shares: Array, span: tuple[int, int], first: Array) -> SpanSummary:
+def _uniform(span: tuple[int, int], n: int, windows: Counter[int]) -> float:
+    """Mass on a span of n positions if attention were uniform, a mean over layers; `windows` counts them by window."""
+    mass = 0.0
+    for window, num_layers in windows.items():
+        seen = min(window or n, n)
+        mass += num_layers * max(span[1] - max(span[0], n - seen), 0) / seen
+    return mass / windows.total()
+
+
+def _span(shares: Array, span: tuple[int, int], first: Array, uniform: float) -> SpanSummary:
     mass = shares[..., 0].astype(np.float64)
     rest = mass - first if span[0] == 0 else mass
     return SpanSummary(
@@ -116,4 +130,5 @@ def _span(shares: Array, span: tuple[int, int], first: Array) -> SpanSummary:
         mass_without_sink=float(rest.sum() / max((1 - first.astype(np.float64)).sum(), 1e-9)),
         contribution=float(shares[..., 1].mean(dtype=np.float64)),
         max_head_mass=float(mass.max()),
+        uniform=uniform,
     )

@@ -170,6 +170,7 @@ class SpanSummary:
     mass_without_sink: float  # its share of what is not on the first token
     contribution: float  # mean of <o_span, o> / |o|^2, o = sum p_j v_j; may be negative; a partition's sum to 1
     max_head_mass: float
+    uniform: float  # the mass it would have if each layer attended alike to all that it sees
 
 
 @dataclass(frozen=True, slots=True)

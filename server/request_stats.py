@@ -82,7 +82,7 @@ class StatsRecord:
         )
         self._routing.add(pages)
         for means, span in zip(self._spans, pages.spans, strict=True):
-            means.add(span, context)
+            means.add(span)
 
     def take(
         self, tokens: Sequence[SampledToken], context: int, gaps: Sequence[float | None], account: Account
@@ -209,10 +209,10 @@ class _SpanMeans:
         self._means = _Means()
         self._largest = 0.0
 
-    def add(self, found: SpanSummary, context: int) -> None:
+    def add(self, found: SpanSummary) -> None:
         self._means.add(
             mass=found.mass,
-            uniform=(self._span.end - self._span.begin) / context,
+            uniform=found.uniform,
             without_sink=found.mass_without_sink,
             contribution=found.contribution,
         )
@@ -220,11 +220,12 @@ class _SpanMeans:
 
     def read(self) -> SpanStats:
         mean = self._means.mean
+        uniform = mean("uniform")  # 0 if no layer saw it
         return SpanStats(
             name=self._span.name,
             tokens=self._span.end - self._span.begin,
             mass=mean("mass"),
-            lift=mean("mass") / mean("uniform"),
+            lift=mean("mass") / uniform if uniform else 0.0,
             mass_without_sink=mean("without_sink"),
             contribution_share=mean("contribution"),
             max_head_mass=self._largest,

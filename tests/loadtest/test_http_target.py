@@ -15,6 +15,8 @@ from pagestream.loadtest.faults import Fault
 from pagestream.loadtest.record import Record
 from pagestream.loadtest.target import Call, TargetError, TargetInfo, connect
 
+FAILURES = ('{"error": {"message": "out of memory"}}', "{not json", "[1, 2]", '{"choices": [3]}', '{"choices": 7}')
+
 
 class FakeOpenAi(BaseHTTPRequestHandler):
     """Answers `max_tokens` words, one a message, in chunks that end in the middle of lines."""
@@ -50,6 +52,9 @@ class FakeOpenAi(BaseHTTPRequestHandler):
         self._say({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         for _ in range(body["max_tokens"]):
             self._say({"choices": [{"delta": {"content": " word"}}]})
+        if body["max_tokens"] == len(FAILURES):
+            self.wfile.write(f"data: {FAILURES[len(self.bodies) - 1]}\n\ndata: [DONE]\n\n".encode())
+            return
         words = len(body["messages"][0]["content"].split())
         self._say({"choices": [], "usage": {"prompt_tokens": words + 5, "completion_tokens": body["max_tokens"]}})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -99,6 +104,14 @@ def test_every_word_has_its_stamp(fake: tuple[str, type[FakeOpenAi]]) -> None:
 def test_a_refusal_is_told(fake: tuple[str, type[FakeOpenAi]]) -> None:
     _, record = asyncio.run(_send(fake[0], Call([1], 101, timeout=20)))
     assert (record.outcome, record.code, record.tokens) == ("failed", "429", [])
+
+
+def test_a_failure_in_the_stream_is_no_answer(fake: tuple[str, type[FakeOpenAi]]) -> None:
+    """Whatever follows it; and no event breaks the client."""
+    for _ in FAILURES:
+        _, record = asyncio.run(_send(fake[0], Call([1], len(FAILURES), timeout=20)))
+        assert (record.outcome, record.code, len(record.tokens)) == ("failed", "INTERNAL", len(FAILURES))
+        assert record.message
 
 
 def test_a_client_that_leaves_hangs_up(fake: tuple[str, type[FakeOpenAi]]) -> None:

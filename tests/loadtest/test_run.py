@@ -7,10 +7,12 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -112,6 +114,32 @@ def test_the_same_seed_sends_the_same_whoever_sends_it(server: ServerProcess, tm
         sent.append(sorted((record.session, record.prompt_tokens, record.scheduled) for record in records))
     assert sent[0] == sent[1]
     assert len(sent[0]) == 20
+
+
+class Vanishing(BaseHTTPRequestHandler):
+    """Metrics of a server that dies after the first look."""
+
+    looks: ClassVar[list[str]] = []
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_response(503 if self.looks else 200)
+        self.looks.append(self.path)
+        self.end_headers()
+
+
+def test_what_was_measured_is_kept_when_the_server_is_gone(server: ServerProcess, tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Vanishing) as page:
+        threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
+        where = ["--target", f"grpc://{server.address}", "--metrics", f"http://127.0.0.1:{page.server_port}"]
+        result = invoke("run", "fixed:prompt=9,output=2", "--requests", "3", *where, "--out", str(tmp_path / "run"))
+        page.shutdown()
+    assert result.exit_code == 4
+    assert "3 requests" in result.output
+    assert "the server was gone at the end" in result.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["outcomes"]["ok"] == 3
 
 
 def test_a_locked_server_is_measured_with_its_certificate_and_a_token(

@@ -70,6 +70,9 @@ def span(layers: list[Array], values: Array, begin: int, end: int) -> dict[str, 
         "mass_without_sink": float(without.sum() / rest.sum()) if rest.sum() > 1e-6 else 0.0,
         "contribution": float(np.mean(contributions)),
         "max_head_mass": float(max(masses)),
+        "uniform": float(
+            np.mean([np.count_nonzero(p[begin:end]) / np.count_nonzero(p) for p in np.concatenate(layers)])
+        ),
     }
 
 

@@ -41,7 +41,7 @@ def test_is_the_mean_over_layers_and_block_sizes(
     counting = [layer[layer.sum(-1) > 1e-3].astype(float) for layer in masses]
     counting = [layer / layer.sum(-1, keepdims=True) for layer in counting]
     sizes = [size // page_size for size in (16, 64, 256, 1024) if page_size <= size < pages * page_size]
-    found = agreement(masses, page_size)
+    found = agreement(masses, page_size, 0)
     of_heads = [[divergence(layer, size) for layer in counting if len(layer) > 1] for size in sizes]
     means = np.array([layer.mean(0) for layer in counting if len(layer)])
     of_layers = [divergence(means, size) for size in sizes] if len(means) > 1 else []
@@ -62,18 +62,27 @@ def test_the_null_turns_each_member_in_a_circle_by_chance(of: str) -> None:
         masses = random_masses((1, 2, pages) if of == "head" else (2, 1, pages), pages, 2)
         one, other = masses.reshape(2, pages).astype(float)
         turned = [divergence(np.array([one, np.roll(other, by)]), 1) for by in range(pages)]
-        null = told(agreement(masses, 1024), of, "_null")
+        null = told(agreement(masses, 1024, 0), of, "_null")
         (distance,) = (by for by in range(pages) if turned[by] == pytest.approx(null, abs=1e-6))
         distances.append(min(distance, pages - distance))
     assert len(set(distances)) > 2
 
 
+@pytest.mark.parametrize("of", ["head", "layer"])
+def test_nulls_of_few_members_over_two_blocks_are_half_turned_and_half_not(of: str) -> None:
+    """Two members that look at the same of two blocks agree wholly, or not at all once one of them is turned."""
+    masses = np.broadcast_to(np.array([1, 0], np.float32), (1, 2, 2) if of == "head" else (2, 1, 2))
+    nulls = [told(agreement(masses, 1024, context), of, "_null")[1] for context in range(1025, 1089)]
+    assert {round(null, 6) for null in nulls} == {0.0, 1.0}  # type: ignore[call-overload]
+    assert 16 < sum(nulls) < 48  # type: ignore[arg-type]
+
+
 def test_equal_heads_agree_and_disjoint_heads_do_not() -> None:
     equal = np.broadcast_to(random_masses((1, 1, 4), 0), (3, 4, 4))
-    found = agreement(equal, 1024)
+    found = agreement(equal, 1024, 0)
     assert found["head_jsd"] == pytest.approx(0, abs=1e-6)
     assert found["coherence_heads"] == pytest.approx(1, abs=1e-6)
-    disjoint = agreement(np.broadcast_to(np.eye(4, dtype=np.float32), (3, 4, 4)), 1024)
+    disjoint = agreement(np.broadcast_to(np.eye(4, dtype=np.float32), (3, 4, 4)), 1024, 0)
     assert disjoint["head_jsd"] == pytest.approx(math.log(4), abs=1e-6)
     assert disjoint["coherence_heads"] == pytest.approx(0, abs=1e-6)
     assert disjoint["coherence_layers"] == pytest.approx(1, abs=1e-6)
@@ -81,18 +90,18 @@ def test_equal_heads_agree_and_disjoint_heads_do_not() -> None:
 
 def test_heads_that_look_at_one_place_agree_more_than_their_null_and_independent_ones_do_not() -> None:
     focused = random_masses((4, 1, 64), 1, 3).repeat(9, axis=1)
-    found = agreement(focused, 256)
+    found = agreement(focused, 256, 0)
     assert found["coherence_heads"] > found["coherence_heads_null"] + 0.2  # type: ignore[operator]
-    independent = agreement(random_masses((8, 9, 64), 2, 3), 256)
+    independent = agreement(random_masses((8, 9, 64), 2, 3), 256, 0)
     assert independent["coherence_heads"] == pytest.approx(independent["coherence_heads_null"], abs=0.05)
 
 
 def test_without_blocks_or_members_to_compare_there_is_nothing_to_say() -> None:
-    assert set(agreement(random_masses((3, 4, 1), 0), 16).values()) == {None}
-    one_head = agreement(random_masses((3, 1, 8), 0), 16)
+    assert set(agreement(random_masses((3, 4, 1), 0), 16, 0).values()) == {None}
+    one_head = agreement(random_masses((3, 1, 8), 0), 16, 0)
     assert one_head["head_jsd"] is None
     assert one_head["layer_jsd"] is not None
-    assert agreement(np.zeros((3, 4, 8), np.float32), 16)["coherence_heads"] is None  # all on the first token
+    assert agreement(np.zeros((3, 4, 8), np.float32), 16, 0)["coherence_heads"] is None  # all on the first token
 
 
 def summary_of(masses: np.ndarray) -> PageSummary:

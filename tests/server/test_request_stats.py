@@ -88,8 +88,8 @@ class Row:
             coherence_heads=heads, coherence_heads_null=heads_null,
             coherence_layers=layers, coherence_layers_null=layers_null,
             spans=tuple(
-                SpanSummary(mass.mean(), without, share.mean(), mass.max())
-                for mass, without, share in zip(self.spans, self.without_sink, self.shares, strict=True)
+                SpanSummary(mass.mean(), without, share.mean(), mass.max(), (span.end - span.begin) / self.context)
+                for span, mass, without, share in zip(SPANS, self.spans, self.without_sink, self.shares, strict=True)
             ),
             head_mass=self.pages.astype(np.float32).tobytes(),
         )  # fmt: skip

@@ -67,7 +67,7 @@ def test_values_arrive_as_the_runner_reported_them(observed: Service) -> None:
     assert (found.mass, found.mass_without_sink, found.contribution_share, found.max_head_mass) == pytest.approx(
         (0.2, 0.3, 0.1, 0.7)
     )
-    assert found.lift == pytest.approx(0.2 / (15 / 30 + 15 / 33 + 15 / 36) * 3)
+    assert found.lift == pytest.approx(0.2 / 0.5)
     assert stats.structure.coherence_heads == pytest.approx(0.8)
     assert stats.attention[0].sink_mass == pytest.approx(0.5)
 

@@ -47,7 +47,7 @@ def make_row(context: int, *, entropy: float = 1.0, sink: float = 0.5, num_spans
         pages95=1.5,
         head_jsd=0.4, head_jsd_null=0.6, layer_jsd=0.2, layer_jsd_null=0.3,
         coherence_heads=0.8, coherence_heads_null=0.5, coherence_layers=0.9, coherence_layers_null=0.6,
-        spans=(SpanSummary(0.2, 0.3, 0.1, 0.7),) * num_spans,
+        spans=(SpanSummary(0.2, 0.3, 0.1, 0.7, 0.5),) * num_spans,
         head_mass=heads.tobytes(),
     )  # fmt: skip
     return AttentionSummary(context, (group,) * 3, ((1.0,) + (0.0,) * (BANDS - 1),) * 3, pages)
