@@ -79,9 +79,9 @@ def measure_card(
     seed: int,
     progress: Progress[Any],
     reference: Server | None = None,
-) -> dict[str, Any]:
-    """The document. A part that the server does not report is {"not_reported": why}; without a reference there is no
-    control. Raises TargetError."""
+) -> Iterator[tuple[str, Any]]:
+    """The document, a key and its value at a time, each part as it ends. A part that the server does not report is
+    {"not_reported": why}; without a reference there is no control. Raises TargetError."""
     model = server.model()
     room = min(int(model["max_context_tokens"]), int(model["kv_capacity_tokens"]), effort.longest or math.inf)
     longest = int(room)
@@ -97,35 +97,42 @@ def measure_card(
     pieces += [("quality", piece) for piece in _quality(server, longest, effort, seed, progress)]
     if reference is not None:
         pieces.append(("control", lambda: _control(server, reference, longest, effort, seed, progress)))
-    measured = measure_in_turn(
+    origin = {"seed": seed, "effort": asdict(effort)}
+    yield "version", VERSION
+    yield "model", model
+    yield "caveats", list(CAVEATS)
+    for part, measured in measure_in_turn(
         {part: each for part, each in timed.items() if part in parts},
         [(part, piece) for part, piece in pieces if part in parts],
         effort.rounds,
         progress,
-    )
-    origin = {**environment(), "seed": seed, "effort": asdict(effort)}
-    card = {part: {**measured[part], "measured": origin} for part in PARTS if part in measured}
-    return {"version": VERSION, "model": model, "caveats": list(CAVEATS), **card}
+    ):
+        yield part, {**measured, "measured": {**environment(), **origin}}
 
 
 def measure_in_turn(
     timed: dict[str, Timed], pieces: Sequence[tuple[str, Piece]], rounds: int, progress: Progress[Any]
-) -> dict[str, dict[str, Any]]:
-    """Parts by name. Rounds lie before, between and after the pieces, as evenly as these allow."""
-    measured: dict[str, dict[str, Any]] = {}
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Parts as they end. Rounds lie before, between and after the pieces, as evenly as these allow; pieces of a part
+    follow each other."""
     begun = time.monotonic()
     places = np.linspace(0, len(pieces), rounds).round()
+    measured: dict[str, Any] = {}
     for place in range(len(pieces) + 1):
         for _ in range(int((places == place).sum())):
             for each in timed.values():
                 each.round(progress)
         for part, piece in pieces[place : place + 1]:
             try:
-                measured[part] = {**measured.get(part, {}), **piece()}
+                measured |= piece()
             except NotReportedError as error:
-                measured[part] = {"not_reported": f"not reported by this server: {error}"}
+                measured = {"not_reported": f"not reported by this server: {error}"}
+            if part not in [later for later, _ in pieces[place + 1 :]]:
+                yield part, measured
+                measured = {}
     seconds = time.monotonic() - begun
-    return measured | {part: {**asdict(each.result()), "seconds": seconds} for part, each in timed.items()}
+    for part, each in timed.items():
+        yield part, {**asdict(each.result()), "seconds": seconds}
 
 
 def _octaves(shortest: int, longest: int) -> list[int]:

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from pagestream.loadtest.credentials import Credentials
 from pagestream.loadtest.degradation.card import FULL, PARTS, QUICK, disagreements, measure_card
-from pagestream.loadtest.degradation.page import write
+from pagestream.loadtest.degradation.page import write_page
 from pagestream.loadtest.degradation.server import Server
 from pagestream.loadtest.degradation.tasks import DEPTHS, FILLERS
 from pagestream.loadtest.scrape import MetricsPage
@@ -60,8 +60,13 @@ def draw_card(
         effort, page = QUICK if quick else FULL, MetricsPage(metrics, credentials)
         if trials is not None:
             effort = replace(effort, groups=trials, passkey_groups=max(len(FILLERS), trials // len(DEPTHS)))
-        card = {**kept, **measure_card(server, parts, effort, page, seed, _progress, control)}
-    for path in write(card, folder, name, json.dumps(card, indent=1) + "\n"):
+        card = dict(kept)
+        folder.mkdir(parents=True, exist_ok=True)
+        for key, value in measure_card(server, parts, effort, page, seed, _progress, control):
+            card[key] = value
+            if key in PARTS:  # what ends this later takes nothing with it
+                document.write_text(json.dumps(card, indent=1) + "\n")
+    for path in (document, *write_page(card, folder, name)):
         console.print(path)
     return other is None or _compare(console, other, {part: card[part] for part in parts if part in card})
 

@@ -31,16 +31,14 @@ def render(card: dict[str, Any]) -> str:
     return environment.from_string(_PAGE.read_text()).render(card=card, figures=figures, **card)
 
 
-def write(card: dict[str, Any], folder: Path, name: str, document: str) -> list[Path]:
-    """The page, the document, and, of a card with every part, a figure for a README."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.json", folder / f"{name}.html"]
-    paths[0].write_text(document)
-    paths[1].write_text(render(card))
+def write_page(card: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """The page and, of a card with every part, a figure for a README."""
+    paths = [folder / f"{name}.html"]
+    paths[0].write_text(render(card))
     if all(measured(card, part) for part in ("latency", "dilution", "quality")):
         paths.append(folder / f"{name}.png")
         with styled():
-            overview(card).savefig(paths[2], dpi=100)
+            overview(card).savefig(paths[1], dpi=100)
     return paths
 
 

@@ -19,7 +19,7 @@ from pagestream.loadtest.degradation.card import PARTS, Effort, disagreements, m
 from pagestream.loadtest.degradation.fit import fit_cost, nonnegative_fit
 from pagestream.loadtest.degradation.interference import judge
 from pagestream.loadtest.degradation.latency import LatencyRounds
-from pagestream.loadtest.degradation.page import write
+from pagestream.loadtest.degradation.page import write_page
 from pagestream.loadtest.degradation.quality import Outcome, effective_length
 from pagestream.loadtest.degradation.server import Server, Stream
 from pagestream.loadtest.degradation.tasks import (
@@ -32,6 +32,7 @@ from pagestream.loadtest.degradation.tasks import (
 )
 from pagestream.loadtest.shapes import Vocabulary
 from pagestream.loadtest.statistics import Array
+from pagestream.loadtest.target import TargetError
 from tests.support.process import ServerProcess
 
 LENGTHS = [round(64 * 2 ** (step / 2)) for step in range(15)]  # to 8,192
@@ -106,10 +107,21 @@ def test_rounds_are_spread_over_what_is_measured_without_a_clock() -> None:
         return {name: True}
 
     pieces = [("quality", partial(piece, name)) for name in "abc"]
-    found = measure_in_turn({"latency": Rounds(log)}, pieces, 5, lambda items, _total, _name: items)
+    found = dict(measure_in_turn({"latency": Rounds(log)}, pieces, 5, lambda items, _total, _name: items))
     assert log == ["round", "a", "round", "b", "round", "round", "c", "round"]
     assert found["quality"] == {"a": True, "b": True, "c": True}
     assert "seconds" in found["latency"]
+
+
+def test_parts_are_told_as_they_end_so_that_a_server_that_dies_takes_none_with_it() -> None:
+    def die() -> dict[str, Any]:
+        raise TargetError("gone")
+
+    pieces = [("dilution", lambda: {"points": []}), ("quality", lambda: {"copy": 1}), ("quality", die)]
+    parts = measure_in_turn({}, pieces, 1, lambda items, _total, _name: items)
+    assert next(parts) == ("dilution", {"points": []})
+    with pytest.raises(TargetError):
+        next(parts)
 
 
 def test_no_square_is_claimed_where_there_is_none() -> None:
@@ -231,11 +243,11 @@ def test_a_card_of_a_real_server_repeats_and_stands_alone(
 
     def measure(parts: tuple[str, ...]) -> dict[str, Any]:
         with Server(server.address) as connection:
-            return measure_card(connection, parts, effort, None, 0, lambda items, _total, _name: items, connection)
+            return dict(measure_card(connection, parts, effort, None, 0, lambda items, _, __: items, connection))
 
     card = measure(PARTS)
     document = json.dumps(card, allow_nan=False)
-    page = write(card, tmp_path, "card", document)[1].read_text()
+    page = write_page(card, tmp_path, "card")[0].read_text()
     assert "SmolLM2-135M-Instruct" in page
     assert page.count("<svg") >= 2
     for point in card["dilution"]["points"]:
