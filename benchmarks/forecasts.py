@@ -82,7 +82,7 @@ class Client:
 
     async def newcomer(self) -> Found:
         async with self._streams(random.randint(0, 3)) as streams:  # noqa: S311 - not a secret
-            others = [asyncio.create_task(self.ask(draw())) for _ in range(random.randint(0, 3))]  # noqa: S311
+            others = [asyncio.create_task(self.ask(draw())) for _ in range(random.choice((0, 0, 1, 3)))]  # noqa: S311
             before = [gap for each in streams for gap in gaps(each, 0.0)]
             await asyncio.sleep(0.05)  # they have arrived
             prompt = draw()
@@ -208,7 +208,7 @@ async def measure(address: str, seconds: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--seconds", type=float, default=75.0)
+    parser.add_argument("--seconds", type=float, default=65.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     with server(options.model, *FLAGS) as address:
