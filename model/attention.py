@@ -35,13 +35,14 @@ def build_observation(plan: StepPlan, config: ModelConfig, max_pages: int) -> Ob
         first_row += chunk.length
     if not rows:
         return None
-    heads = (config.num_layers, config.num_heads)
+    # Not torch.zeros, which for many pages wakes OpenMP's threads: they would spin beside the kernels' own.
+    heads, groups = (config.num_layers, config.num_heads), summary.num_groups(config.num_layers)
     return Observation(
         rows=torch.from_numpy(np.array(rows, np.int32)),
         spans=torch.from_numpy(np.array(spans, np.int32).reshape(-1, 3)),
-        means=torch.empty(len(rows), summary.num_groups(config.num_layers), len(FIELDS) + summary.BANDS),
-        page_masses=torch.zeros(num_pages, *heads, 1 + max_pages),
-        span_shares=torch.empty(len(spans), *heads, 2),
+        means=torch.from_numpy(np.empty((len(rows), groups, len(FIELDS) + summary.BANDS), np.float32)),
+        page_masses=torch.from_numpy(np.zeros((num_pages, *heads, 1 + max_pages), np.float32)),
+        span_shares=torch.from_numpy(np.empty((len(spans), *heads, 2), np.float32)),
     )
 
 
