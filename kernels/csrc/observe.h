@@ -50,24 +50,38 @@ void add_pages(const AttentionParams& p, const float* shares, float first, int b
     masses[page] = sum_between(shares, max(begin, page * p.page_size), min(n, (page + 1) * p.page_size));
 }
 
-// <o_span, out>, o_span the sum of shares[j] x values[j] over keys [begin, end).
+// Of <o_span, out>, o_span the sum of shares[j] x values[j] over keys [begin, end): kVectors of them from column d on.
+// Several stay in registers; one may end before it is full.
+template <int kVectors, typename T>
+Float project_columns(const PagedRows<T>& values, const PagedRows<float>& scales, const float* shares, int begin,
+                      int end, int d, const float* out) {
+  const int size = values.head_size, page_size = 1 << values.page_shift;
+  const auto load_vector = [&](const auto* row, int i) {
+    return kVectors == 1 ? load_row(row, d, size) : load_wide(row + d + i * kLanes);
+  };
+  Float sums[kVectors] = {}, total{};
+  for (int j = begin; j < end;) {
+    const T* value = values.at(j);
+    const float* scale = sizeof(T) == sizeof(int8_t) ? scales.at(j) : nullptr;
+    for (const int stop = min(end, j / page_size * page_size + page_size); j < stop; ++j, value += size) {
+      const Float share = broadcast(scale == nullptr ? shares[j] : shares[j] * *scale++);
+      for (int i = 0; i < kVectors; ++i) sums[i] = fma(load_vector(value, i), share, sums[i]);
+    }
+  }
+  for (int i = 0; i < kVectors; ++i) total = fma(sums[i], load_vector(out, i), total);
+  return total;
+}
+
 template <typename T>
 float project_span(const PagedRows<T>& values, const PagedRows<float>& scales, const float* shares, int begin, int end,
                    const float* out) {
-  constexpr int kAtOnce = 4;  // vectors of o_span, which stay in registers
-  const int size = values.head_size, page_size = 1 << values.page_shift;
+  constexpr int kMost = 4;
   Float total{};
-  for (int d = 0; d < size; d += kAtOnce * kLanes) {
-    Float sums[kAtOnce] = {};
-    for (int j = begin; j < end;) {
-      const T* value = values.at(j);
-      const float* scale = sizeof(T) == sizeof(int8_t) ? scales.at(j) : nullptr;
-      for (const int stop = min(end, j / page_size * page_size + page_size); j < stop; ++j, value += size) {
-        const Float share = broadcast(scale == nullptr ? shares[j] : shares[j] * *scale++);
-        for (int i = 0; i < kAtOnce; ++i) sums[i] = fma(load_row(value, d + i * kLanes, size), share, sums[i]);
-      }
-    }
-    for (int i = 0; i < kAtOnce; ++i) total = fma(sums[i], load_row(out, d + i * kLanes, size), total);
+  for (int d = 0; d < values.head_size;) {
+    const bool has_most = d + kMost * kLanes <= values.head_size;
+    const auto project = has_most ? project_columns<kMost, T> : project_columns<1, T>;
+    total += project(values, scales, shares, begin, end, d, out);
+    d += (has_most ? kMost : 1) * kLanes;
   }
   return sum(total);
 }
