@@ -30,9 +30,9 @@ def agreement(masses: Array, page_size: int, context: int) -> Agreement:
     """Of `masses` [L, Hq, pages], without the first token; as step.py's PageSummary defines it. Heads that put less
     than a thousandth there are left out. Nulls are drawn anew for each `context`: one draw for all rows is no mean,
     and of two members over two blocks it may turn both alike."""
-    totals = masses.sum(-1, keepdims=True)
-    counted = totals[..., 0] > LEAST_REST  # [L, Hq]
-    heads = np.where(counted[..., None], masses / np.where(totals > 0, totals, 1), 0)
+    totals = masses.sum(-1)
+    counted = totals > LEAST_REST  # [L, Hq]
+    heads = masses * np.divide(1, totals, out=np.zeros_like(totals), where=counted)[..., None]
     per_layer = counted.sum(-1)
     layers = heads.sum(1) / np.maximum(per_layer, 1)[:, None]  # [L, pages]
     random = np.random.default_rng(context)
@@ -54,16 +54,18 @@ class _Means(NamedTuple):
     """Over block sizes and sets of members; None where there is nothing to compare."""
 
     jsd: float | None = None
-    coherence: float | None = None
     jsd_null: float | None = None
+    coherence: float | None = None
     coherence_null: float | None = None
 
 
 def _over_sizes(members: Array, counted: npt.NDArray[np.bool_], page_size: int, random: np.random.Generator) -> _Means:
-    """Of `members` [sets, members, pages]: of sets with two members or more that are `counted` [sets, members]."""
-    sets = counted.sum(-1) > 1
-    blocks, counted = members[sets], counted[sets]
-    found: list[Array] = []  # for each size the fields of _Means
+    """Of `members` [sets, members, pages]: of sets with two members or more that are `counted` [sets, members]; the
+    others are 0."""
+    counts = counted.sum(-1)
+    sets = counts > 1
+    blocks, count = members[sets], counts[sets, None].astype(members.dtype)
+    found: list[Array] = []  # for each size [divergence and its share of the bound, itself and its null, sets]
     merged = page_size  # tokens that a block of `blocks` spans
     for size in _BLOCK_SIZES:
         if size < page_size or blocks.shape[-1] * merged <= size or not len(blocks):
@@ -71,13 +73,13 @@ def _over_sizes(members: Array, counted: npt.NDArray[np.bool_], page_size: int, 
         if size > merged:
             blocks = np.add.reduceat(blocks, np.arange(0, blocks.shape[-1], size // merged), axis=-1)
             merged = size
-        count = counted.sum(-1).astype(blocks.dtype)
-        mean_entropy = (entropy(blocks) * counted).sum(-1) / count
-        bound = np.log(np.minimum(count, blocks.shape[-1]))
-        for total in (blocks.sum(1), _shifted_sum(blocks, random)):
-            jsd = np.maximum(entropy(total / count[:, None]) - mean_entropy, 0)
-            found += [jsd.mean(), (1 - jsd / bound).mean()]
-    return _Means(*np.reshape(found, (-1, 4)).mean(0).tolist()) if found else _Means()
+        means = np.array((blocks.sum(1), _shifted_sum(blocks, random))) / count
+        jsd = np.maximum(entropy(means) - entropy(blocks).sum(-1) / count[:, 0], 0)
+        found.append(np.array((jsd, jsd / np.log(np.minimum(count[:, 0], blocks.shape[-1])))))
+    if not found:
+        return _Means()
+    (jsd, jsd_null), (share, share_null) = np.mean(found, axis=(0, -1)).tolist()
+    return _Means(jsd, jsd_null, 1 - share, 1 - share_null)
 
 
 def _shifted_sum(blocks: Array, random: np.random.Generator) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +36,14 @@ def build_observation(plan: StepPlan, config: ModelConfig, max_pages: int) -> Ob
         first_row += chunk.length
     if not rows:
         return None
-    heads = (config.num_layers, config.num_heads)
+    # Not torch.zeros, which for many pages wakes OpenMP's threads: they would spin beside the kernels' own.
+    heads, groups = (config.num_layers, config.num_heads), summary.num_groups(config.num_layers)
     return Observation(
         rows=torch.from_numpy(np.array(rows, np.int32)),
         spans=torch.from_numpy(np.array(spans, np.int32).reshape(-1, 3)),
-        means=torch.empty(len(rows), summary.num_groups(config.num_layers), len(FIELDS) + summary.BANDS),
-        page_masses=torch.zeros(num_pages, *heads, 1 + max_pages),
-        span_shares=torch.empty(len(spans), *heads, 2),
+        means=torch.from_numpy(np.empty((len(rows), groups, len(FIELDS) + summary.BANDS), np.float32)),
+        page_masses=torch.from_numpy(np.zeros((num_pages, *heads, 1 + max_pages), np.float32)),
+        span_shares=torch.from_numpy(np.empty((len(spans), *heads, 2), np.float32)),
     )
 
 
@@ -95,20 +96,19 @@ def _group(values: list[float]) -> GroupSummary:
 
 def _pages(masses: Array, page_size: int, shares: Iterator[Array], chunk: Chunk, config: ModelConfig) -> PageSummary:
     """`masses` [L, Hq, 1 + pages] as in an Observation; `shares` of each span [L, Hq, 2]."""
-    first, by_page = masses[..., 0], np.ascontiguousarray(masses[..., 1:])
-    dropped = (np.cumsum(np.sort(by_page, axis=-1), axis=-1) <= 1 - _COVERED).sum(-1)  # of the smallest
-    rest = by_page.copy()
+    by_page = masses[..., 1:].reshape(-1, masses.shape[-1] - 1)  # [L * Hq, pages]
+    heads, num_pages = by_page.shape
+    dropped = np.count_nonzero(np.cumsum(np.sort(by_page), axis=-1) <= 1 - _COVERED)  # of each head's smallest
+    first = masses[..., 0]
+    rest = masses[..., 1:].copy()
     rest[..., 0] -= first
     n, windows = chunk.observed_position + 1, Counter(config.windows)
     return PageSummary(
-        mass=tuple(by_page.mean((0, 1), dtype=np.float64).tolist()),
+        mass=tuple(by_page.mean(0, dtype=np.float64).tolist()),
         entropy=float(entropy(by_page).mean()),
-        pages95=float(by_page.shape[-1] - dropped.mean()),
+        pages95=num_pages - dropped / heads,
         **agreement(rest, page_size, n),
-        spans=tuple(
-            _span(of_span, span, first, _uniform(span, n, windows))
-            for of_span, span in zip(shares, chunk.spans, strict=True)
-        ),
+        spans=_summarize_spans(list(shares), chunk.spans, first, [_uniform(span, n, windows) for span in chunk.spans]),
         head_mass=by_page.tobytes(),
     )
 
@@ -122,13 +122,23 @@ def _uniform(span: tuple[int, int], n: int, windows: Counter[int]) -> float:
     return mass / windows.total()
 
 
-def _span(shares: Array, span: tuple[int, int], first: Array, uniform: float) -> SpanSummary:
-    mass = shares[..., 0].astype(np.float64)
-    rest = mass - first if span[0] == 0 else mass
-    return SpanSummary(
-        mass=float(mass.mean()),
-        mass_without_sink=float(rest.sum() / max((1 - first.astype(np.float64)).sum(), 1e-9)),
-        contribution=float(shares[..., 1].mean(dtype=np.float64)),
-        max_head_mass=float(mass.max()),
-        uniform=uniform,
+def _summarize_spans(
+    shares: list[Array], spans: Sequence[tuple[int, int]], first: Array, uniform: Sequence[float]
+) -> tuple[SpanSummary, ...]:
+    """`shares` of each span [L, Hq, 2]; `first` [L, Hq]: mass on position 0; `uniform` of each span, as in
+    SpanSummary."""
+    if not spans:
+        return ()
+    together = np.array(shares)
+    means, largest = together.mean((1, 2), dtype=np.float64).tolist(), together[..., 0].max((1, 2)).tolist()
+    sink = float(first.mean(dtype=np.float64))
+    return tuple(
+        SpanSummary(
+            mass=mass,
+            mass_without_sink=(mass - sink * (begin == 0)) / max(1 - sink, 1e-9),
+            contribution=contribution,
+            max_head_mass=most,
+            uniform=even,
+        )
+        for (mass, contribution), most, (begin, _), even in zip(means, largest, spans, uniform, strict=True)
     )

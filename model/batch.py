@@ -19,6 +19,7 @@ class _Shape(NamedTuple):
     pages: int  # M
     sampled_rows: int  # R
     prefill_rows: int
+    statistics: tuple[bool, ...]  # [R], or empty: of none
 
 
 class _Numbers(NamedTuple):
@@ -86,25 +87,26 @@ def build_batch(plan: StepPlan, page_size: int, device: torch.device, last: Batc
         context_lengths.append(end)
         tables.append(blocks[:pages])
         sampled_rows += range(len(positions) - len(chunk.sampled_positions), len(positions))
-    shape = _Shape(len(token_ids), len(tables), max(map(len, tables)), len(sampled_rows), prefill_rows)
+    wants_statistics = any(chunk.output_stats for chunk in plan.chunks)
+    statistics = tuple(chunk.output_stats for chunk in plan.chunks for _ in chunk.sampled_positions if wants_statistics)
+    shape = _Shape(len(token_ids), len(tables), max(map(len, tables)), len(sampled_rows), prefill_rows, statistics)
     rows, lengths = token_ids + positions + slots + sampled_rows, query_starts + context_lengths
-    with_statistics = [chunk.output_stats for chunk in plan.chunks for _ in chunk.sampled_positions]
-    if last is not None and last.numbers is not None and last.shape == shape and not any(with_statistics):
+    if last is not None and last.numbers is not None and last.shape == shape:
         last.numbers.fill(rows, lengths, tables)
         return last
     numbers = _Numbers(
         np.empty(len(rows), np.int64), np.empty(len(lengths), np.int32), np.zeros((len(tables), shape.pages), np.int32)
     )
     numbers.fill(rows, lengths, tables)
-    return _new_batch(numbers, shape, with_statistics if any(with_statistics) else None, device)
+    return _new_batch(numbers, shape, device)
 
 
-def _new_batch(numbers: _Numbers, shape: _Shape, with_statistics: list[bool] | None, device: torch.device) -> Batch:
+def _new_batch(numbers: _Numbers, shape: _Shape, device: torch.device) -> Batch:
     def to_device(values: npt.NDArray[np.generic]) -> torch.Tensor:
         tensor = torch.from_numpy(values)  # which, unlike torch's own operations, does not let go of the interpreter
         return tensor if device.type == "cpu" else tensor.to(device)
 
-    count, can_be_filled = shape.rows, device.type == "cpu" and with_statistics is None
+    count, can_be_filled = shape.rows, device.type == "cpu"
     return Batch(
         token_ids=to_device(numbers.rows[:count]),
         positions=to_device(numbers.rows[count : 2 * count]),
@@ -114,7 +116,7 @@ def _new_batch(numbers: _Numbers, shape: _Shape, with_statistics: list[bool] | N
         block_tables=to_device(numbers.tables),
         sampled_rows=to_device(numbers.rows[3 * count :]),
         prefill_rows=shape.prefill_rows,
-        with_statistics=None if with_statistics is None else to_device(np.array(with_statistics)),
+        with_statistics=to_device(np.array(shape.statistics)) if shape.statistics else None,
         shape=shape if can_be_filled else None,
         numbers=numbers if can_be_filled else None,
     )

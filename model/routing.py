@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 from pagestream.model.step import PageSummary
 
+_NOTHING = 1e-30  # adds nothing to a sum, and has a logarithm
+
 
 class RoutingAccumulator:
     """Per head, H(mean of P_t) - mean of H(P_t), P_t its distribution over pages at step t: the mutual information of
@@ -38,6 +40,6 @@ class RoutingAccumulator:
 
 def entropy(masses: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """Of distributions along the last axis, nats."""
-    positive = np.where(masses > 0, masses, 1)
-    result: npt.NDArray[np.floating] = -(positive * np.log(positive)).sum(-1)
+    positive = np.maximum(masses, _NOTHING)
+    result: npt.NDArray[np.floating] = -np.einsum("...i,...i", positive, np.log(positive))
     return result

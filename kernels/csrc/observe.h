@@ -50,78 +50,82 @@ void add_pages(const AttentionParams& p, const float* shares, float first, int b
     masses[page] = sum_between(shares, max(begin, page * p.page_size), min(n, (page + 1) * p.page_size));
 }
 
-// outs [group, width] = shares [group, n] x values, over keys [begin, end).
-template <typename T>
-void sum_span(const PagedRows<T>& values, const PagedRows<float>& scales, const float* shares, int64_t stride,
-              int group, int begin, int end, float* outs, int width) {
-  const int size = values.head_size;
-  memset(outs, 0, sizeof(float) * group * width);
-  for (int j = begin; j < end; ++j) {
+// Of <o_span, out>, o_span the sum of shares[j] x values[j] over keys [begin, end): kVectors of them from column d on.
+// Several stay in registers; one may end before it is full.
+template <int kVectors, typename T>
+Float project_columns(const PagedRows<T>& values, const PagedRows<float>& scales, const float* shares, int begin,
+                      int end, int d, const float* out) {
+  const int size = values.head_size, page_size = 1 << values.page_shift;
+  const auto load_vector = [&](const auto* row, int i) {
+    return kVectors == 1 ? load_row(row, d, size) : load_wide(row + d + i * kLanes);
+  };
+  Float sums[kVectors] = {}, total{};
+  for (int j = begin; j < end;) {
     const T* value = values.at(j);
-    const float scale = sizeof(T) == sizeof(int8_t) ? *scales.at(j) : 1;
-    for (int d = 0; d < size; d += kLanes) {
-      const Float x = load_row(value, d, size) * scale;
-      for (int h = 0; h < group; ++h) {
-        float* const out = outs + h * width + d;
-        store(out, fma(x, broadcast(shares[h * stride + j]), load(out)));
-      }
+    const float* scale = sizeof(T) == sizeof(int8_t) ? scales.at(j) : nullptr;
+    for (const int stop = min(end, j / page_size * page_size + page_size); j < stop; ++j, value += size) {
+      const Float share = broadcast(scale == nullptr ? shares[j] : shares[j] * *scale++);
+      for (int i = 0; i < kVectors; ++i) sums[i] = fma(load_vector(value, i), share, sums[i]);
     }
   }
+  for (int i = 0; i < kVectors; ++i) total = fma(sums[i], load_vector(out, i), total);
+  return total;
+}
+
+template <typename T>
+float project_span(const PagedRows<T>& values, const PagedRows<float>& scales, const float* shares, int begin, int end,
+                   const float* out) {
+  constexpr int kMost = 4;
+  Float total{};
+  for (int d = 0; d < values.head_size;) {
+    const bool has_most = d + kMost * kLanes <= values.head_size;
+    const auto project = has_most ? project_columns<kMost, T> : project_columns<1, T>;
+    total += project(values, scales, shares, begin, end, d, out);
+    d += (has_most ? kMost : 1) * kLanes;
+  }
+  return sum(total);
 }
 
 void add_span(const AttentionParams& p, const ObservedHead& o, const ObservedSpan& span, const float* shares, int begin,
-              float* results) {
-  const int group = group_size(p), size = p.head_size, width = padded_head(p), first = max(begin, span.begin);
+              float* result) {
+  const int first = max(begin, span.begin);
+  const float* const out = static_cast<const float*>(p.out) + o.row.row * p.out_token_stride + o.head * p.out_head_stride;
   Segment s = {};
   s.sequence = o.row.sequence;
-  s.kv_head = o.kv_head;
-  const TileScales scales = paged_scales(p, s);
-  const auto sum_values = [&](auto type) {
+  s.kv_head = o.head / group_size(p);
+  const auto project = [&](auto type) {
     const auto values = paged_rows<decltype(type)>(p, s, p.value_cache, p.value_page_stride, p.value_head_stride);
-    sum_span(values, scales.values, shares, p.weight_stride, group, first, span.end, o.scratch, width);
+    return project_span(values, paged_scales(p, s).values, shares, first, span.end, out);
   };
+  float product, square = 0;
   switch (p.cache_dtype) {
-    case DType::kBFloat16: sum_values(BFloat16{}); break;
-    case DType::kFloat16: sum_values(Float16{}); break;
-    case DType::kInt8: sum_values(int8_t{}); break;
-    default: sum_values(float{});
+    case DType::kBFloat16: product = project(BFloat16{}); break;
+    case DType::kFloat16: product = project(Float16{}); break;
+    case DType::kInt8: product = project(int8_t{}); break;
+    default: product = project(float{});
   }
-  for (int h = 0; h < group; ++h) {
-    const int64_t head = int64_t{o.kv_head} * group + h;
-    const float* const out = static_cast<const float*>(p.out) + o.row.row * p.out_token_stride + head * p.out_head_stride;
-    float product = 0, square = 0;
-    for (int d = 0; d < size; ++d) {
-      product += o.scratch[h * width + d] * out[d];
-      square += out[d] * out[d];
-    }
-    results[2 * h] = sum_between(shares + h * p.weight_stride, first, span.end);
-    results[2 * h + 1] = square > 0 ? product / square : 0;
-  }
+  for (int d = 0; d < p.head_size; ++d) square += out[d] * out[d];
+  result[0] = sum_between(shares, first, span.end);
+  result[1] = square > 0 ? product / square : 0;
 }
 
 // The output must be float32, as the decoder's is.
 void observe(const AttentionParams& p, const ObservedHead& o) {
-  const int group = group_size(p), n = o.context;
-  const int begin = p.window > 0 ? max(0, n - p.window) : 0;
-  const int64_t first_head = int64_t{o.observed} * p.num_heads + int64_t{o.kv_head} * group;
-  float* const weights = p.weights + first_head * p.weight_stride;
-  for (int h = 0; h < group; ++h) {
-    float* const shares = weights + h * p.weight_stride;
-    const float* const stats = p.stats + (first_head + h) * kStats;
-    const float* const shifts = p.weight_shifts + (first_head + h) * p.weight_stride / kTile;
-    normalize(shares, shifts, begin / kTile * kTile, n, stats[2]);
-    HeadRecord& record = o.records[h];
-    record.entropy = stats[1];
-    record.p_max = stats[2];
-    record.sink = stats[3];
-    record.recent = stats[4];
-    record.first = begin == 0 ? shares[0] : 0;
-    add_bands(shares, o.log2_counts, begin, n, record);
-    if (o.page_masses != nullptr)
-      add_pages(p, shares, record.first, begin, n, o.page_masses + h * int64_t{p.max_pages + 1});
-  }
-  for (int i = 0; i < o.num_spans; ++i)
-    add_span(p, o, o.spans[i], weights, begin, o.span_shares + i * o.span_stride);
+  const int n = o.context, begin = p.window > 0 ? max(0, n - p.window) : 0;
+  const int64_t head = int64_t{o.observed} * p.num_heads + o.head;
+  float* const shares = p.weights + head * p.weight_stride;
+  const float* const stats = p.stats + head * kStats;
+  const float* const shifts = p.weight_shifts + head * p.weight_stride / kTile;
+  normalize(shares, shifts, begin / kTile * kTile, n, stats[2]);
+  HeadRecord& record = *o.record;
+  record.entropy = stats[1];
+  record.p_max = stats[2];
+  record.sink = stats[3];
+  record.recent = stats[4];
+  record.first = begin == 0 ? shares[0] : 0;
+  add_bands(shares, o.log2_counts, begin, n, record);
+  if (o.page_masses != nullptr) add_pages(p, shares, record.first, begin, n, o.page_masses);
+  for (int i = 0; i < o.num_spans; ++i) add_span(p, o, o.spans[i], shares, begin, o.span_shares + i * o.span_stride);
 }
 
 }  // namespace

@@ -65,11 +65,10 @@ Observer::Observer(const Observation& observation, const AttentionParams& p, int
     longest = std::max<int64_t>(longest, p.context_lengths[o_.rows[i].sequence]);
   log2_ends_ = log2_ends(longest);
   weight_stride_ = round_up(longest, kTile);
-  scratch_stride_ = o_.num_spans == 0 ? 0 : p.num_heads / p.num_kv_heads * round_up(p.head_size, kVector);
-  const int64_t heads = o_.num_rows * p.num_heads, units = o_.num_rows * p.num_kv_heads;
+  const int64_t heads = o_.num_rows * p.num_heads;
   const int64_t record_floats = sizeof(HeadRecord) / sizeof(float);
   const int64_t floats[] = {heads * weight_stride_, heads * weight_stride_ / kTile, heads * kStats,
-                            units * scratch_stride_, heads * record_floats, int64_t{p.num_tokens}};
+                            heads * record_floats, int64_t{p.num_tokens}};
   int64_t total = 0;
   for (int64_t count : floats) total += round_up(count, kVector);
   float* next = reinterpret_cast<float*>(thread_buffer<ObserverScratch>(total * int64_t{sizeof(float)}));
@@ -78,9 +77,8 @@ Observer::Observer(const Observation& observation, const AttentionParams& p, int
   weights_ = starts[0];
   weight_shifts_ = starts[1];
   stats_ = starts[2];
-  scratch_ = starts[3];
-  records_ = reinterpret_cast<HeadRecord*>(starts[4]);
-  observed_ = reinterpret_cast<int32_t*>(starts[5]);
+  records_ = reinterpret_cast<HeadRecord*>(starts[3]);
+  observed_ = reinterpret_cast<int32_t*>(starts[4]);
   std::fill_n(observed_, p.num_tokens, -1);
   for (int64_t i = 0; i < o_.num_rows; ++i) observed_[o_.rows[i].row] = static_cast<int32_t>(i);
   for (int64_t i = 0; i < o_.num_spans; ++i) ++first_span_[o_.spans[i].observed + 1];
@@ -100,28 +98,26 @@ void Observer::keep(AttentionParams& p) const {
 }
 
 void Observer::observe(const AttentionKernel& kernel, const AttentionParams& p, int64_t layer, int64_t threads) const {
-  constexpr int64_t kWeightsAtOnce = 1 << 14;  // some microseconds
-  const int64_t heads = p.num_heads, kv_heads = p.num_kv_heads, group = heads / kv_heads;
-  parallel_for(o_.num_rows * kv_heads, kWeightsAtOnce / (group * weight_stride_) + 1, threads,
-               [&](int64_t begin, int64_t end) {
+  const int64_t weights_at_once = o_.num_spans == 0 ? 1 << 14 : 1 << 10;  // some microseconds: spans read values, too
+  const int64_t heads = p.num_heads;
+  parallel_for(o_.num_rows * heads, weights_at_once / weight_stride_ + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t i = unit / kv_heads, kv_head = unit % kv_heads, head = kv_head * group;
+      const int64_t i = unit / heads, head = unit % heads;
       const ObservedRow& row = o_.rows[i];
       const int64_t span = first_span_[i], page_width = p.max_pages + 1;
       ObservedHead observed = {};
       observed.row = row;
       observed.observed = static_cast<int32_t>(i);
-      observed.kv_head = static_cast<int32_t>(kv_head);
+      observed.head = static_cast<int32_t>(head);
       observed.context = context_of(p, row);
       observed.log2_counts = log2_ends_ - observed.context;
-      observed.records = records_ + i * heads + head;
+      observed.record = records_ + unit;
       if (row.pages >= 0)
         observed.page_masses = o_.page_masses + ((row.pages * num_layers_ + layer) * heads + head) * page_width;
       observed.spans = o_.spans + span;
       observed.num_spans = static_cast<int32_t>(first_span_[i + 1] - span);
       observed.span_shares = o_.span_shares + ((span * num_layers_ + layer) * heads + head) * 2;
       observed.span_stride = num_layers_ * heads * 2;
-      observed.scratch = scratch_ + unit * scratch_stride_;
       kernel.observe(p, observed);
     }
   });

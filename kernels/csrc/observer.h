@@ -25,11 +25,11 @@ class Observer {
 
   const Observation& o_;
   const int64_t num_layers_;
-  int64_t weight_stride_, scratch_stride_;
+  int64_t weight_stride_;
   const float* log2_ends_;           // [-i] = log2(i)
   std::vector<int32_t> first_span_;  // [O + 1]
   int32_t* observed_;
-  float *weights_, *weight_shifts_, *stats_, *scratch_;
+  float *weights_, *weight_shifts_, *stats_;
   HeadRecord* records_;
 };
 

@@ -76,19 +76,18 @@ struct HeadRecord {
   float bands[kBands];
 };
 
-// A kept row and the query heads of one KV head, in one layer. Arrays of query heads begin with the group's first.
+// A kept row and one query head, in one layer.
 struct ObservedHead {
   ObservedRow row;
-  int32_t observed, kv_head;
+  int32_t observed, head;
   int32_t context;            // n
   const float* log2_counts;  // log2_counts[j] = log2(n - j), j < n
-  HeadRecord* records;
-  float* page_masses;         // [Hq, 1 + M], or null: the mass on position 0, then on each page
+  HeadRecord* record;
+  float* page_masses;         // [1 + M], or null: the mass on position 0, then on each page
   const ObservedSpan* spans;  // those of the row
   int32_t num_spans;
-  float* span_shares;          // [num_spans, Hq, 2] at span_stride: mass, share of the head's output
+  float* span_shares;          // [num_spans, 2] at span_stride: mass, share of the head's output
   int64_t span_stride;
-  float* scratch;  // [group, D, rounded up to 16]
 };
 
 
@@ -99,7 +98,7 @@ struct AttentionKernel {
   void (*run)(const AttentionParams&, const Segment* segments, int64_t count, float* scratch, float* workspace);
   // Merges the stored splits of one shared block, whose tile range covers all of it, and writes its results.
   void (*finish)(const AttentionParams&, const Segment& block, float* scratch, const float* workspace);
-  // What statistics say of a kept row and KV head; its weights become shares.
+  // What statistics say of a kept row and head; its weights become shares.
   void (*observe)(const AttentionParams&, const ObservedHead&);
 };
 
