@@ -7,7 +7,7 @@ again). free + cached + active = total, always.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Iterable, Sequence
 
 from pagestream.server.prefix_tree import CachedPrefix, FullPage, PrefixTree, Watcher
 
@@ -102,7 +102,7 @@ class BlockPool:
         """The blocks, active or cached, that hold `tokens[:limit]` from where `known` ends. They are not held yet."""
         return self._tree.find(salt, tokens, limit, known) if self._prefix_cache else CachedPrefix([])
 
-    def keep(self, salt: str, tokens: Sequence[int], block_ids: MutableSequence[int], start: int, end: int) -> None:
+    def keep(self, salt: str, tokens: Sequence[int], block_ids: list[int], start: int, end: int) -> None:
         """Has `block_ids`, which the caller holds, found from now on for `tokens[start:end]`; what precedes them was
         kept before. A full page that is already there takes the place of the caller's own, in the list.
         """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
 
@@ -43,11 +42,6 @@ class FinishReason(Enum):
     SHUTDOWN = "shutdown"
 
 
-def no_blocks() -> MutableSequence[int]:
-    """A list of int32, as the network reads them: each step takes all of them over."""
-    return array("i")
-
-
 @dataclass(slots=True, eq=False)
 class Request:
     """One prompt on its way. `num_computed` tokens catch up with `tokens`; there are no phases.
@@ -70,7 +64,7 @@ class Request:
 
     tokens: list[int] = field(init=False)  # prompt, then output
     num_computed: int = field(default=0, init=False)
-    block_ids: MutableSequence[int] = field(default_factory=no_blocks, init=False)
+    block_ids: list[int] = field(default_factory=list, init=False)
     state: RequestState = field(default=RequestState.WAITING, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     num_preemptions: int = field(default=0, init=False)

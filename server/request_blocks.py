@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pagestream.server.block_pool import BlockPool
 from pagestream.server.prefix_tree import CachedPrefix
-from pagestream.server.request import Request, no_blocks
+from pagestream.server.request import Request
 
 
 def num_missing(pool: BlockPool, request: Request, num_tokens: int) -> int:
@@ -65,10 +63,10 @@ def release(pool: BlockPool, request: Request) -> None:
         page = request.num_computed // pool.block_size * pool.block_size
         pool.keep(request.tenant, request.tokens, request.block_ids, page, request.num_computed)
     pool.release(held(request))
-    request.block_ids = no_blocks()  # a new list: a chunk in flight still reads the old one
+    request.block_ids = []  # a new list: a chunk in flight still reads the old one
     request.copy_from = None
 
 
-def held(request: Request) -> Sequence[int]:
+def held(request: Request) -> list[int]:
     """The blocks it has a reference to."""
     return request.block_ids if request.copy_from is None else [*request.block_ids, request.copy_from]

@@ -27,7 +27,7 @@ def preempted_pair() -> tuple[BlockPool, Scheduler, Request, Request, list[tuple
 def test_the_youngest_is_preempted_and_is_not_in_that_plan() -> None:
     pool, _, old, young, chunks = preempted_pair()
     assert chunks == [("old", 24, 1)]
-    assert (young.state, young.num_computed, list(young.block_ids)) == (RequestState.WAITING, 0, [])
+    assert (young.state, young.num_computed, young.block_ids) == (RequestState.WAITING, 0, [])
     assert (young.num_output_tokens, young.num_preemptions, old.num_preemptions) == (17, 1, 0)
     assert (pool.num_active, pool.num_cached) == (len(old.block_ids), 5) == (7, 5)
 
@@ -63,7 +63,7 @@ def test_a_pause_keeps_its_place_and_costs_only_what_others_needed() -> None:
     step(scheduler)
     scheduler.pause(a)
     assert [step(scheduler) for _ in range(2)] == [[("b", 4, 1)], [("b", 5, 1)]]
-    assert (a.state, list(a.block_ids), pool.num_cached) == (RequestState.PAUSED, [], 2)
+    assert (a.state, a.block_ids, pool.num_cached) == (RequestState.PAUSED, [], 2)
     scheduler.admit(make_request("c", 16, 2))
     scheduler.resume(a)
     assert [request.request_id for request in scheduler.waiting] == ["a", "c"]

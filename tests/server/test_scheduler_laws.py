@@ -56,7 +56,7 @@ class Laws:
             self.book_end(request)
         expected = request.finish_reason or reason
         self.scheduler.finish(request, reason)
-        assert (request.finish_reason, list(request.block_ids)) == (expected, [])
+        assert (request.finish_reason, request.block_ids) == (expected, [])
 
     def turn(self, request: Request) -> None:
         if request.state is RequestState.RUNNING:
