@@ -72,4 +72,5 @@ def test_a_wrong_rope_base_trips_the_canary_of_a_served_model(
     record_property("canary of 256 tokens, nats per token", score)
     assert score["well"] - score["wrong"] > 1
     firing("PagestreamCanaryApart", tmp_path, tool("promtool"), series, ["wrong"])
+    firing("PagestreamCanaryLost", tmp_path, tool("promtool"), series, ["wrong"])  # it needs no replica to compare with
     firing("PagestreamCanaryDrop", tmp_path, tool("promtool"), series, [])  # each is its own baseline
