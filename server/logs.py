@@ -7,23 +7,71 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
+from queue import Full, Queue
 from typing import Any
 
 from pagestream.server.call import Call
 from pagestream.server.config import LogFormat
 
+_MOST_WAITING = 10_000  # lines
 _PLAIN = re.compile(r"[\w.:/#+-]+", re.ASCII)
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _log = logging.getLogger("pagestream.request")
 
 
-def set_up_logging(kind: LogFormat) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+def set_up_logging(kind: LogFormat, write: Callable[[str], object] | None = None) -> None:
+    """To standard error, or to `write`."""
+    handler = LogThread(write or _to_stderr)
     handler.setFormatter(_JsonFormatter() if kind == "json" else _TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _to_stderr(line: str) -> None:
+    os.write(2, line.encode(errors="backslashreplace"))  # not sys.stderr, whose lock the interpreter wants when it ends
+
+
+class LogThread(logging.Handler):
+    """Has a thread write the lines: whoever reads them, through a pipe, may stop to, and the server must not. Lines
+    beyond those that may wait are dropped and counted."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        super().__init__()
+        self._write = write
+        self._lines: Queue[str] = Queue(_MOST_WAITING)
+        self._dropped = 0
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record) + "\n")
+        except Full:
+            self._dropped += 1
+        except Exception:  # noqa: BLE001 - as logging wants it: what cannot be formatted fails no request
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """When the process ends: waits a second at most for what is left."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, 1.0)
+
+    def _run(self) -> None:
+        told = 0  # of those that were dropped
+        while True:
+            line = self._lines.get()
+            if dropped := self._dropped - told:
+                told += dropped
+                said = f"{dropped} lines dropped: nobody read them"
+                warning = {"name": __name__, "levelname": "WARNING", "msg": said}
+                line += self.format(logging.makeLogRecord(warning)) + "\n"
+            with suppress(OSError):  # nobody will read any more
+                self._write(line)
+            self._lines.task_done()
 
 
 def log_call(call: Call) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from prometheus_client import generate_latest
 from pagestream.server.collector import make_registry
 from pagestream.server.door import Door
 from pagestream.server.keys import KeyFile
-from pagestream.server.logs import log_call, set_up_logging
+from pagestream.server.logs import LogThread, log_call, set_up_logging
 from pagestream.v1 import generation_pb2 as pb
 from pagestream.v1 import tokenizer_pb2
 from tests.support.client import refused
@@ -29,17 +30,22 @@ MakeService = Callable[..., Service]
 SECRET = "s3cr3t"  # noqa: S105 - what no log may hold
 
 
+class Said(io.StringIO):
+    def getvalue(self) -> str:
+        """With what waits to be written."""
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        return super().getvalue()
+
+
 @pytest.fixture
 def logged(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
     """Everything that any logger says at DEBUG, in the format that the test is parametrised with."""
-    root, said = logging.getLogger(), io.StringIO()
+    root, said = logging.getLogger(), Said()
     before, level = root.handlers[:], root.level
     root.handlers.clear()
-    set_up_logging(getattr(request, "param", "text"))
+    set_up_logging(getattr(request, "param", "text"), said.write)
     root.setLevel(logging.DEBUG)
-    [handler] = root.handlers
-    assert isinstance(handler, logging.StreamHandler)
-    handler.setStream(said)
     yield said
     root.handlers[:] = before
     root.setLevel(level)
@@ -189,3 +195,26 @@ def test_a_call_that_ends_at_its_deadline_is_not_said_to_be_cancelled(
     assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     [line] = calls_in(logged, 1)
     assert "status=DEADLINE_EXCEEDED" in line
+
+
+def test_a_log_that_nobody_reads_stops_nothing() -> None:
+    """As a full pipe does, it makes whoever writes wait. What is too much is dropped, and counted when it goes on."""
+    reads, lines = threading.Event(), list[str]()
+
+    def write(line: str) -> None:
+        reads.wait(WAIT)
+        lines.append(line)
+
+    handler = LogThread(write)
+    count = 15_000
+    for number in range(count):
+        handler.emit(logging.makeLogRecord({"msg": str(number)}))
+    handler.flush()  # gives up
+    assert lines == []
+    reads.set()
+    handler.flush()
+    handler.emit(logging.makeLogRecord({"msg": "on"}))
+    handler.flush()
+    assert lines[-1] == "on\n"
+    [dropped] = [int(line.split()[1]) for line in lines if "dropped" in line]
+    assert 0 < dropped == count + 1 - len(lines)
