@@ -93,15 +93,13 @@ def draw_masses(axes: Axes, dilution: Part) -> None:
     shares = [
         [np.mean([group[name]["value"] for group in point["groups"].values()]) for point in points] for name in names
     ]
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.stackplot(tokens, shares, labels=list(names.values()), colors=(COLORS[8], COLORS[5], COLORS[0]), alpha=0.75)
     uniform = [min(1.0, 64 / point["tokens"]) for point in points]
     axes.plot(
         tokens, [1 - share for share in uniform], "--", color="black", label="where uniform would begin its last 64"
     )
     token_axis(axes, "context, tokens")
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("share of attention")
+    _share_of_attention(axes)
     _legend_below(axes)
 
 
@@ -113,9 +111,7 @@ def draw_sinks(axes: Axes, dilution: Part) -> None:
     sink = dilution["meta"]["sink_tokens"]
     axes.plot(tokens, [sink / n for n in tokens], "--", color=GREY, label="uniform")
     token_axis(axes, "context, tokens")
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylabel("share of attention")
+    _share_of_attention(axes)
     axes.legend()
 
 
@@ -132,9 +128,7 @@ def draw_bands(axes: Axes, dilution: Part) -> None:
         tokens, [masses[:, low:high].sum(1) for low, high in pairs], labels=labels, colors=colors, alpha=0.85
     )
     token_axis(axes, "context, tokens")
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_ylabel("share of attention")
+    _share_of_attention(axes)
     _legend_below(axes)
 
 
@@ -149,6 +143,12 @@ def draw_pages(axes: Axes, dilution: Part) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylabel(f"pages of {dilution['meta']['page_tokens']} tokens")
     axes.legend()
+
+
+def _share_of_attention(axes: Axes) -> None:
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylabel("share of attention")
 
 
 def _legend_below(axes: Axes) -> None:
