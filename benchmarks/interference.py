@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import gc
 import os
@@ -23,7 +22,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -83,12 +81,10 @@ def server_process(*flags: str) -> Iterator[tuple[str, int]]:
                 break
         else:
             raise RuntimeError(f"the server ended with {process.wait()}")
-        log = process.stderr
-        threading.Thread(target=lambda: collections.deque(log or (), 0), daemon=True).start()  # or its pipe fills
         yield address, process.pid
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()
 
 
 async def stream(stub: GenerationServiceStub, prompt_tokens: int, new_tokens: int, call: Call | None = None) -> Call:
